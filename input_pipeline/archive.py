@@ -1,0 +1,265 @@
+"""Image files out of a folder, a zip or tar archives, read in place.
+
+Nothing is ever unpacked to disk, so a hostile path in an archive can do no harm; such entries are
+skipped. Every file met is either yielded or reported to `on_skip`, so that counts always add up.
+"""
+
+import glob
+import io
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+MAX_FILE_BYTES = 256 << 20
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+
+Source = str | os.PathLike | Sequence[str | os.PathLike]
+OnSkip = Callable[[str, str], None]
+
+
+def resolve_source(source: Source) -> list[Path]:
+    """Returns the folders and archive files that `source` stands for, in order.
+
+    `source` is a path, a glob (`utkface-0*.tar`), several of these with commas between, or a list.
+    A folder without images stands for the archives in it. Raises FileNotFoundError or ValueError.
+    """
+    if isinstance(source, str | os.PathLike):
+        names = [os.fspath(source)]
+        if not os.path.exists(names[0]) and "," in names[0]:
+            names = [part.strip() for part in names[0].split(",") if part.strip()]
+    else:
+        names = [os.fspath(part) for part in source]
+    if not names or not all(names):
+        raise ValueError("no data source was given: name a folder, a zip or tar archives")
+    paths = [path for name in names for path in _expand(name)]
+    return list(dict.fromkeys(paths))
+
+
+def iter_images(source: Source, *, on_skip: OnSkip | None = None) -> Iterator[tuple[str, bytes]]:
+    """Yields (relative path, bytes) of every image file in `source` (see `resolve_source`).
+
+    With several archives the relative path begins with the archive's name. Files that are no
+    images, unsafe, empty, or larger than 256 MiB go to `on_skip(relative_path, reason)`. Raises
+    ValueError on an archive that is damaged, cut short or encrypted.
+    """
+    on_skip = on_skip or (lambda path, reason: None)
+    paths = resolve_source(source)
+    for path in paths:
+        prefix = f"{path.name}/" if len(paths) > 1 else ""
+        reader = _iter_folder if path.is_dir() else _reader(path)
+        for name, size, read in reader(path):
+            relative = _clean(prefix + name)
+            if reason := _why_not(name, size):
+                on_skip(relative, reason)
+                continue
+            try:
+                data = read()
+            except PermissionError as error:
+                on_skip(relative, f"cannot be read ({error.strerror})")
+                continue
+            if len(data) > MAX_FILE_BYTES:
+                on_skip(relative, "file larger than 256 MiB")
+                continue
+            yield relative, data
+
+
+def count_files(source: Source) -> int | None:
+    """Returns the number of files in `source`, or None for a tar, which only reading would tell."""
+    total = 0
+    for path in resolve_source(source):
+        if path.is_dir():
+            total += sum(1 for _ in _walk(path))
+        elif _is_zip(path):
+            with _open_zip(path) as archive:
+                total += sum(not info.is_dir() for info in archive.infolist())
+        else:
+            return None
+    return total
+
+
+def describe(source: Source) -> list[tuple[str, int, int]]:
+    """Returns (name, bytes, mtime in ns) of the archives, or of each file of a folder, sorted."""
+    rows = []
+    for path in resolve_source(source):
+        files = [path / name for name in _walk(path)] if path.is_dir() else [path]
+        for file in files:
+            stat = file.stat()
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            rows.append((name, stat.st_size, stat.st_mtime_ns))
+    return sorted(rows)
+
+
+def _expand(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    if not path.exists():
+        found = sorted(glob.glob(str(path), recursive=True))
+        if not found:
+            raise FileNotFoundError(f"{name} does not exist (looked from {Path.cwd()})")
+        return [part for name in found for part in _expand(name)]
+    if not path.is_dir():
+        return [path]
+    files = list(_walk(path))
+    if not files:
+        raise ValueError(f"{name} is an empty folder: give the folder, zip or tars with the images")
+    if any(file.lower().endswith(IMAGE_SUFFIXES) and not _is_mac(file) for file in files):
+        return [path]
+    archives = [path / file for file in sorted(files) if _is_archive_name(file)]
+    return archives or [path]
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Yields the files under `folder` in sorted order; a linked folder is entered once."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for file in sorted(files):
+            yield Path(parent, file).relative_to(folder).as_posix()
+
+
+def _why_not(name: str, size: int | None) -> str | None:
+    """Says why an entry is not read, or None. A size of None marks a link or a device."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if ".." in parts or name.startswith(("/", "\\")) or (name[1:2] == ":" and name[0].isalpha()):
+        return "unsafe path in the archive"
+    if _is_mac(name):
+        return "macOS metadata"
+    if _is_archive_name(name):
+        return "archive beside or within the images: unpack it, or name it as the source"
+    if not name.lower().endswith(IMAGE_SUFFIXES):
+        return "not an image file"
+    if size is None:
+        return "a link or device, not a file"
+    if size == 0:
+        return "empty file"
+    if size > MAX_FILE_BYTES:
+        return "file larger than 256 MiB"
+    return None
+
+
+def _clean(name: str) -> str:
+    """Forward slashes, and characters that can be written as UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("\\", "/")
+
+
+def _is_mac(name: str) -> bool:
+    path = PurePosixPath(name)
+    return "__MACOSX" in path.parts or path.name.startswith("._") or path.name == ".DS_Store"
+
+
+def _is_archive_name(name: str) -> bool:
+    return name.lower().endswith(ARCHIVE_SUFFIXES) and not _is_mac(name)
+
+
+def _iter_folder(folder: Path):
+    for name in _walk(folder):
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else None
+        yield name, size, file.read_bytes
+
+
+def _reader(path: Path):
+    """Returns the function which reads this archive; raises ValueError where there is none."""
+    if _is_zip(path):
+        return _iter_zip
+    try:
+        with tarfile.open(path):
+            return _iter_tar
+    except _DAMAGE as error:
+        raise ValueError(_not_an_archive(path, error)) from error
+
+
+def _not_an_archive(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(512)
+    if path.name.lower().endswith(IMAGE_SUFFIXES):
+        return f"{path} is one image: give the folder, zip or tars that hold the images"
+    if start.lstrip()[:1] == b"<":
+        return f"{path} is a web page, not an archive: the download did not fetch the file"
+    if start[:2] == b"PK":
+        return f"{path} is a damaged or cut off zip: download it again"
+    if start[:4] in (b"Rar!", b"7z\xbc\xaf"):
+        return f"{path} is a rar or 7z archive: unpack it and give the folder"
+    if path.name.lower().endswith(ARCHIVE_SUFFIXES):
+        return f"{path} cannot be read as an archive ({_short(error)}): download it again"
+    return f"{path} is not a folder, a zip or a tar archive"
+
+
+def _short(error: Exception) -> str:
+    """tarfile lists every format it tried on lines of its own; the first line says enough."""
+    return str(error).partition("\n")[0].rstrip(":")
+
+
+def _is_zip(path: Path) -> bool:
+    # is_zipfile alone looks only at the end, where a tar may hold a zip as its last member.
+    with path.open("rb") as file:
+        return file.read(2) == b"PK" and zipfile.is_zipfile(path)
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is a damaged zip ({error}): download it again") from error
+
+
+def _iter_zip(path: Path):
+    with _open_zip(path) as archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            if info.flag_bits & 1:
+                raise ValueError(
+                    f"{path} is encrypted: unpack it with its password (7z x '{path.name}') and "
+                    "give the folder"
+                )
+            yield info.filename, info.file_size, lambda info=info: _read_zip(path, archive, info)
+
+
+def _read_zip(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    try:
+        with archive.open(info) as file:
+            return file.read(MAX_FILE_BYTES + 1)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{path} uses a compression that Python cannot read: unpack it and give the folder"
+        ) from error
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is damaged ({error}): download it again") from error
+
+
+def _iter_tar(path: Path):
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if not member.isdir():
+                    size = member.size if member.isfile() else None
+                    yield member.name, size, lambda m=member: _read_tar(path, archive, m)
+            # A tar ends with blocks of zeros; Python takes a bare end of file for the end as well.
+            if isinstance(archive.fileobj, io.BufferedReader):
+                archive.fileobj.seek(archive.offset)
+                if not archive.fileobj.read(1):
+                    raise tarfile.ReadError("unexpected end of data")
+    except _DAMAGE as error:
+        raise _damaged_tar(path, error) from error
+
+
+def _read_tar(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    try:
+        return archive.extractfile(member).read()
+    except _DAMAGE as error:
+        raise _damaged_tar(path, error) from error
+
+
+def _damaged_tar(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged or cut short ({_short(error)}): download it again")

@@ -1,0 +1,91 @@
+"""Image bytes to pixels: checked once when data is prepared, decoded fast when it is read."""
+
+import hashlib
+import io
+import warnings
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+MAX_PIXELS = 100_000_000
+
+
+def decode_checked(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the RGB pixels of a whole, sane image file; grey, CMYK and alpha become RGB.
+
+    The size is read from the header before anything is decoded. Raises ValueError with the reason:
+    no image, more than 100 megapixels, cut short, or undecodable.
+    """
+    _check_size(data)
+    if not _is_whole(data):
+        raise ValueError("image cut short")
+    pixels = decode_rgb(data)
+    if pixels is None:
+        raise ValueError("image cannot be decoded")
+    return pixels
+
+
+def decode_rgb(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
+    """Returns RGB pixels turned as the EXIF orientation says, or None where OpenCV cannot."""
+    bgr = _decode_bgr(data)
+    return None if bgr is None else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+
+
+def decode_image(data: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns size x size RGB pixels: the centre square, shrunk by area or grown by cubics.
+
+    Raises ValueError when the bytes cannot be decoded.
+    """
+    pixels = _decode_bgr(data)
+    if pixels is None:
+        raise ValueError(f"an image of {len(data)} bytes cannot be decoded")
+    h, w, _ = pixels.shape
+    side = min(h, w)
+    top, left = (h - side) // 2, (w - side) // 2
+    pixels = pixels[top : top + side, left : left + side]
+    if side != size:
+        how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+        pixels = cv2.resize(pixels, (size, size), interpolation=how)
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def _decode_bgr(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:
+        return None
+
+
+def pixel_hash(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
+    """Returns the SHA-256 of the shape and the pixels: equal pictures, whatever their metadata."""
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    digest.update(np.ascontiguousarray(pixels))
+    return digest.hexdigest()
+
+
+def _check_size(data: bytes) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                w, h = image.size
+    except Image.DecompressionBombError:
+        raise ValueError("image larger than 100 megapixels") from None
+    except Exception as error:  # Pillow raises many kinds on damaged headers
+        raise ValueError("not an image, or its header is damaged") from error
+    if w * h > MAX_PIXELS:
+        raise ValueError("image larger than 100 megapixels")
+
+
+def _is_whole(data: bytes) -> bool:
+    """Tells whether a file is complete: some versions of OpenCV fill what is missing with grey."""
+    if data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9"):
+        return True
+    try:  # bytes after the end marker are harmless: Pillow stops at the marker, and raises without
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+        return True
+    except Exception:
+        return False

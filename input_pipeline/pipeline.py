@@ -1,0 +1,292 @@
+"""Batches of uint8 faces: prepared records to Grain, decoded on threads or in worker processes.
+
+A batch is a dict of NumPy arrays: image uint8 [b, size, size, 3]; age, gender, race, index int32
+[b]; weight float32 [b], 0 on padding. Global batch k is the same images in the same order however
+many processes share it: process p takes the p-th stretch of it.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags
+
+from input_pipeline.images import decode_image
+from input_pipeline.prepare import read_labels, records_folder
+from input_pipeline.splits import fingerprint, read_splits
+
+__all__ = ["Faces", "decode_image", "eval_loader", "open_split", "train_loader"]
+
+Batch = dict[str, np.ndarray]
+_IMAGE_ONLY = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3))})
+_KEEP_BYTES = {"image": tfds.decode.SkipDecoding()}
+_BUFFER_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Faces:
+    """One split, or several joined, of a prepared folder, with random access.
+
+    labels: age, gender, race int32 [n], file and pixel_hash str [n]. records int64 [n]: the record
+    of each row. fingerprint: of the whole split file. missing: how many files of the split file are
+    not in the folder.
+    """
+
+    folder: Path
+    split: str
+    labels: dict[str, np.ndarray]
+    records: np.ndarray
+    fingerprint: str
+    missing: int = 0
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Returns image (the bytes of the file), age, gender, race, file and index of row i."""
+        i = range(len(self))[i]  # counts from the end, and raises IndexError, as a list does
+        row = {name: self.labels[name][i].item() for name in ("age", "gender", "race", "file")}
+        return {"image": self.read_images([i])[0], "index": i} | row
+
+    def read_images(self, rows: Sequence[int]) -> list[bytes]:
+        """Returns the image files of these rows, as bytes."""
+        found = self._source.__getitems__([int(self.records[i]) for i in rows])
+        read = _IMAGE_ONLY.deserialize_example_np  # a third of the time of reading every feature
+        return [read(record, decoders=_KEEP_BYTES)["image"] for record in found]
+
+    @cached_property
+    def _source(self):
+        builder = tfds.builder_from_directory(records_folder(self.folder))
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        return builder.as_data_source(split="faces", deserialize_method=raw)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files do not travel to worker processes, which open their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_source"}
+
+
+def open_split(folder: str | Path, split: str, *, splits: str | Path = "default") -> Faces:
+    """Returns the images of `split` (or several, `train+validation`) in the prepared `folder`.
+
+    `splits` names a file in `folder/splits`, or is the path of a CSV with the columns file and
+    split. Raises FileNotFoundError or ValueError where the folder, the split file or the split is
+    unknown, or the split is empty.
+    """
+    folder = Path(folder)
+    table = read_labels(folder)
+    path = _split_file(folder, splits)
+    where = read_splits(path)
+    rows, names = _join(table["file"], where)
+    if not rows:
+        raise ValueError(f"{path}: none of its {len(where)} files is in {folder}")
+    wanted = split.split("+")
+    known = sorted(set(where.values()))
+    for part in wanted:
+        if part not in known:
+            near = difflib.get_close_matches(part, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown split {part!r} in {path}: it has {', '.join(known)}{hint}")
+    chosen = [row for row, name in zip(rows, names, strict=True) if name in wanted]
+    if not chosen:
+        raise ValueError(f"split {split} is empty: none of its files is in {folder}")
+    numbers = {name: np.array(table[name], np.int32)[chosen] for name in ("age", "gender", "race")}
+    text = {name: np.array(table[name])[chosen] for name in ("file", "pixel_hash")}
+    return Faces(
+        folder=folder,
+        split=split,
+        labels=numbers | text,
+        records=np.array(chosen, np.int64),
+        fingerprint=fingerprint([table["pixel_hash"][row] for row in rows], names),
+        missing=len(where) - len(rows),
+    )
+
+
+def train_loader(
+    faces: Faces,
+    *,
+    batch_size: int,
+    image_size: int,
+    seed: int,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Returns endless shuffled batches of `batch_size` for this process.
+
+    Every epoch has a new order; batches run over its end, so no image is lost. The stream depends
+    on the seed and the global batch only, not on `workers`. The iterator's get_state/set_state
+    count the examples seen by all processes, so a run may resume with other workers or processes.
+    """
+    _check(faces, batch_size, image_size, workers, process_index, process_count)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be within 0 and 2**32 - 1, got {seed}")
+    order = grain.MapDataset.range(len(faces)).seed(seed).shuffle().repeat().batch(batch_size)
+    load = partial(_load_batch, faces, image_size)
+
+    def batches_from(step: int) -> grain.IterDataset:
+        mine = order[step * process_count + process_index :: process_count]
+        return _read_ahead(mine.map(load), batch_size, image_size, workers)
+
+    return _ResumableBatches(batches_from, batch_size * process_count)
+
+
+def eval_loader(
+    faces: Faces,
+    *,
+    batch_size: int,
+    image_size: int,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Returns one pass in row order; every process gets the same number of batches of `batch_size`.
+
+    Padding rows at the end have weight 0, index, gender and race -1, age 0 and a black image.
+    """
+    _check(faces, batch_size, image_size, workers, process_index, process_count)
+    n_batches = -(-len(faces) // (batch_size * process_count))
+    rows = np.full(n_batches * process_count * batch_size, -1)
+    rows[: len(faces)] = np.arange(len(faces))
+    mine = rows.reshape(n_batches, process_count, batch_size)[:, process_index]
+    batches = grain.MapDataset.source(list(mine)).map(partial(_load_batch, faces, image_size))
+    return _read_ahead(batches, batch_size, image_size, workers)
+
+
+def _load_batch(faces: Faces, image_size: int, rows: np.ndarray) -> Batch:
+    """Reads, decodes and labels these rows of the split; -1 stands for padding."""
+    rows = np.asarray(rows)
+    real = rows >= 0
+    batch = {"image": np.zeros((len(rows), image_size, image_size, 3), np.uint8)}
+    for i, data in zip(np.flatnonzero(real), faces.read_images(rows[real]), strict=True):
+        batch["image"][i] = decode_image(data, image_size)
+    for name, padding in (("age", 0), ("gender", -1), ("race", -1)):
+        batch[name] = np.where(real, faces.labels[name][rows], padding).astype(np.int32)
+    batch["index"] = rows.astype(np.int32)
+    batch["weight"] = real.astype(np.float32)
+    return batch
+
+
+def _read_ahead(
+    batches: grain.MapDataset, batch_size: int, image_size: int, workers: int
+) -> grain.IterDataset:
+    """Loads whole batches ahead, within a bound of memory: on threads here, or in `workers`."""
+    ahead = max(2, min(16, _BUFFER_BYTES // (batch_size * image_size**2 * 3)))
+    n_threads = max(1, min(8, ahead, _n_cpus() // max(workers, 1)))
+    ahead = max(n_threads, min(2 * n_threads, ahead) // max(workers, 1))
+    stream = batches.to_iter_dataset(
+        grain.ReadOptions(num_threads=n_threads, prefetch_buffer_size=ahead)
+    )
+    if not workers:
+        return stream
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags when it starts a worker
+    # Only images are worth shared memory; labels travel faster through the pipe.
+    stream = grain.experimental.WithOptionsIterDataset(
+        stream, grain.experimental.DatasetOptions(min_shm_size=1 << 16)
+    )
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return stream.mp_prefetch(options, worker_init_fn=_init_worker)
+
+
+def _init_worker(index: int, count: int) -> None:
+    cv2.setNumThreads(0)
+
+
+class _ResumableBatches(grain.IterDataset):
+    """Batches whose place is one number, examples seen, whatever reads them underneath."""
+
+    def __init__(self, batches_from: Callable[[int], grain.IterDataset], global_batch: int):
+        super().__init__()
+        self._batches_from, self._global_batch = batches_from, global_batch
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _ResumableIterator(self._batches_from, self._global_batch)
+
+
+class _ResumableIterator(grain.DatasetIterator):
+    def __init__(self, batches_from: Callable[[int], grain.IterDataset], global_batch: int):
+        super().__init__()
+        self._batches_from, self._global_batch = batches_from, global_batch
+        self._step, self._inner = 0, None
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        self.start_prefetch()
+        batch = next(self._inner)
+        self._step += 1
+        return batch
+
+    def start_prefetch(self) -> None:
+        if self._inner is None:
+            self._inner = iter(self._batches_from(self._step))
+            self._inner.start_prefetch()
+
+    def get_state(self) -> dict[str, int]:
+        return {"examples_seen": self._step * self._global_batch}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Moves to the batch after that many examples; of another size, to the one begun."""
+        self._stop()
+        self._step = int(state["examples_seen"]) // self._global_batch
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def _stop(self) -> None:
+        if self._inner is not None:
+            self._inner.close()
+            self._inner = None
+
+
+def _check(
+    faces: Faces, batch_size: int, image_size: int, workers: int, index: int, count: int
+) -> None:
+    if batch_size < 1 or image_size < 1:
+        raise ValueError(f"batch_size {batch_size} and image_size {image_size} must be at least 1")
+    if workers < 0:
+        raise ValueError(f"workers must be 0 or more, got {workers}")
+    if not 0 <= index < count:
+        raise ValueError(f"process_index {index} is not within the {count} processes")
+    if not len(faces):
+        raise ValueError(f"split {faces.split} is empty")
+
+
+def _split_file(folder: Path, splits: str | Path) -> Path:
+    """Returns the path of a split file given by name or by path."""
+    if str(splits).endswith(".csv") or os.sep in str(splits):
+        return Path(splits).expanduser()
+    path = folder / "splits" / f"{splits}.csv"
+    if not path.is_file():
+        known = sorted(file.stem for file in (folder / "splits").glob("*.csv"))
+        raise ValueError(
+            f"unknown splits {splits!r}: {folder}/splits has {', '.join(known) or 'none'}; a CSV "
+            "file with the columns file and split can be given by its path"
+        )
+    return path
+
+
+def _join(files: list[str], where: dict[str, str]) -> tuple[list[int], list[str]]:
+    """Returns the rows that the split table names (with or without folders) and their splits."""
+    bare = {Path(file).name: split for file, split in where.items()}
+    rows, names = [], []
+    for row, file in enumerate(files):
+        if split := where.get(file) or bare.get(file):
+            rows.append(row)
+            names.append(split)
+    return rows, names
+
+
+def _n_cpus() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1

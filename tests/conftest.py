@@ -1,0 +1,39 @@
+"""Test settings: eight forced host devices, absl flags for Grain's workers, small face sets."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def real_faces() -> Path:
+    """Folder with the tars of real UTKFace faces (COATNET_JAX_FACES), or skip with the reason."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("COATNET_JAX_FACES", default))
+    if not list(folder.glob("utkface-*.tar")):
+        pytest.skip(
+            f"no utkface-*.tar in {folder}; set COATNET_JAX_FACES to run this on real faces"
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawn_root(tmp_path_factory) -> Path:
+    """A data root that holds 160 drawn faces, prepared under the name `drawn`."""
+    from input_pipeline.prepare import prepare
+    from input_pipeline.synthetic_faces import write_drawn_faces
+
+    root = tmp_path_factory.mktemp("data")
+    pictures = write_drawn_faces(root / "pictures", count=160, size=48, seed=0)
+    prepare([str(pictures)], root, name="drawn", progress=lambda *_: None)
+    return root

@@ -1,0 +1,180 @@
+"""Folders, zips and tars give the same files; what cannot be read is counted, or refused."""
+
+import io
+import tarfile
+import zipfile
+
+import pytest
+
+from input_pipeline.archive import count_files, describe, iter_images, resolve_source
+
+FILES = {
+    "UTKFace/a.jpg": b"A" * 900,
+    "UTKFace/b.JPEG": b"B" * 512,
+    "UTKFace/notes.txt": b"text",
+    "UTKFace/empty.jpg": b"",
+    "__MACOSX/UTKFace/._a.jpg": b"mac",
+    "UTKFace/.DS_Store": b"mac",
+    "c.png": b"C" * 1025,
+}
+SKIPPED = {
+    "UTKFace/notes.txt": "not an image file",
+    "UTKFace/empty.jpg": "empty file",
+    "__MACOSX/UTKFace/._a.jpg": "macOS metadata",
+    "UTKFace/.DS_Store": "macOS metadata",
+}
+
+
+def write_folder(path, files=FILES):
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def write_zip(path, files=FILES, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("UTKFace/", b"")
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def write_tar(path, files=FILES, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def read(source):
+    skipped = {}
+    return dict(iter_images(source, on_skip=skipped.__setitem__)), skipped
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz", "tar.xz"])
+def test_every_kind_of_source_gives_the_same_files(tmp_path, kind):
+    path = tmp_path / f"faces.{kind}"
+    if kind == "folder":
+        write_folder(path)
+    elif kind == "zip":
+        write_zip(path, compression=zipfile.ZIP_DEFLATED)
+    else:
+        write_tar(path, mode="w:" + kind.partition(".")[2])
+    images, skipped = read(path)
+    assert images == {name: FILES[name] for name in ("UTKFace/a.jpg", "UTKFace/b.JPEG", "c.png")}
+    assert skipped == SKIPPED
+    assert count_files(path) == (None if kind.startswith("tar") else len(FILES))
+
+
+def test_several_archives_as_list_glob_commas_and_folder(tmp_path):
+    one = write_tar(tmp_path / "faces-0.tar", {"UTKFace/a.jpg": b"A"})
+    two = write_zip(tmp_path / "faces-1.zip", {"UTKFace/a.jpg": b"B"})
+    (tmp_path / "README.md").write_text("no image")
+    expected = {"faces-0.tar/UTKFace/a.jpg": b"A", "faces-1.zip/UTKFace/a.jpg": b"B"}
+    sources = [one, str(two)], f"{tmp_path}/faces-*", f"{one}, {two}", tmp_path, [tmp_path, one]
+    for source in sources:
+        assert read(source)[0] == expected
+    assert [name for name, _, _ in describe([two, one])] == ["faces-0.tar", "faces-1.zip"]
+
+
+def test_archive_beside_images_is_reported_not_read(tmp_path):
+    write_folder(tmp_path, {"a.jpg": b"A"})
+    write_tar(tmp_path / "more.tar", {"b.jpg": b"B"})
+    images, skipped = read(tmp_path)
+    assert list(images) == ["a.jpg"] and "name it as the source" in skipped["more.tar"]
+
+
+def test_unsafe_paths_and_links_are_skipped(tmp_path):
+    path = write_tar(tmp_path / "bad.tar", {"../up.jpg": b"x", "/root.jpg": b"x", "ok.jpg": b"x"})
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    images, skipped = read(path)
+    assert list(images) == ["ok.jpg"]
+    assert skipped == {
+        "../up.jpg": "unsafe path in the archive",
+        "/root.jpg": "unsafe path in the archive",
+        "link.jpg": "a link or device, not a file",
+    }
+
+
+def test_linked_folder_is_read_once_and_a_loop_ends(tmp_path):
+    real = write_folder(tmp_path / "real", {"a.jpg": b"A"})
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "faces").symlink_to(real)
+    (real / "loop").symlink_to(source)
+    assert read(source)[0] == {"faces/a.jpg": b"A"}
+
+
+def test_name_that_is_no_utf8_can_be_written(tmp_path):
+    path = tmp_path / "old.tar"
+    with tarfile.open(path, "w", encoding="latin-1") as archive:
+        archive.addfile(tarfile.TarInfo("caf\u00e9.txt"))
+    _, skipped = read(path)
+    assert [name.encode() for name in skipped]
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+    return path
+
+
+def encrypted_zip(path):
+    write_zip(path, {"a.jpg": b"A" * 100})
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x03\x04") + 6] |= 1  # the flag, before the file and in the directory
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    return path
+
+
+def damaged_zip(path):
+    write_zip(path, {"a.jpg": b"A" * 100})
+    path.write_bytes(path.read_bytes().replace(b"AAAA", b"BBBB", 1))
+    return path
+
+
+def text(path, content):
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda p: encrypted_zip(p / "locked.zip"), "encrypted: unpack it with its password"),
+        (lambda p: damaged_zip(p / "crc.zip"), "damaged .*: download it again"),
+        (lambda p: cut(write_zip(p / "cut.zip"), 2000), "damaged or cut off zip"),
+        (lambda p: cut(write_tar(p / "cut.tar"), 1024), "cut short"),
+        (lambda p: cut(write_tar(p / "edge.tar"), 1536), "cut short"),  # after a whole member
+        (lambda p: cut(write_tar(p / "cut.tgz", mode="w:gz"), 150), "cut short|cannot be read"),
+        (lambda p: text(p / "faces.tar", b"\0\1\2 nonsense"), "cannot be read as an archive"),
+        (lambda p: text(p / "faces.zip", b" <!DOCTYPE html>"), "is a web page"),
+        (lambda p: text(p / "faces.7z", b"7z\xbc\xaf"), "rar or 7z"),
+        (lambda p: text(p / "me.jpg", b"\xff\xd8\xff"), "is one image"),
+        (lambda p: text(p / "labels.csv", b"file,age"), "is not a folder, a zip or a tar"),
+        (lambda p: (p / "bare").mkdir() or p / "bare", "is an empty folder"),
+        (lambda p: [], "no data source was given"),
+    ],
+)
+def test_unreadable_source_raises_one_clear_line(tmp_path, make, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        list(iter_images(make(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere-*.tar", "a.tar,b.tar"])
+def test_missing_source_is_named(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        resolve_source(str(tmp_path / name))
+
+
+def test_huge_file_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr("input_pipeline.archive.MAX_FILE_BYTES", 1000)
+    images, skipped = read(write_zip(tmp_path / "faces.zip"))
+    assert "c.png" not in images and skipped["c.png"] == "file larger than 256 MiB"

@@ -1,0 +1,361 @@
+"""Preparing: every file is kept or accounted for, and nothing half-made is ever left behind."""
+
+import csv
+import io
+import json
+import os
+import tarfile
+import zipfile
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from input_pipeline.images import MAX_PIXELS, decode_checked, decode_image, pixel_hash
+from input_pipeline.prepare import prepare, read_labels, records_folder, summary
+from input_pipeline.splits import read_splits
+from input_pipeline.utkface.utkface_dataset_builder import Builder
+
+
+def picture(seed, size=48):
+    """Smooth noise, uint8 [size, size, 3]: it compresses like a photo."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+    return cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def jpeg(seed, size=48):
+    return cv2.imencode(".jpg", picture(seed, size))[1].tobytes()
+
+
+def with_comment(data):
+    """The same picture in other bytes: a JPEG comment after the start marker."""
+    return data[:2] + b"\xff\xfe\x00\x08camera" + data[2:]
+
+
+def name(age, gender, race, i):
+    return f"{age}_{gender}_{race}_{20170116000000000 + i}.jpg.chip.jpg"
+
+
+def faces(n=40):
+    return {f"UTKFace/{name(i * 3 % 18, i % 2, i % 5, i)}": jpeg(i) for i in range(n)}
+
+
+def write_folder(folder, files):
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    return folder
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for inside, data in files.items():
+            archive.writestr(inside, data)
+    return path
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for inside, data in reversed(files.items()):
+            member = tarfile.TarInfo(inside)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def quiet(source, root, **options):
+    return prepare(source, root, name="utkface", progress=None, **options)
+
+
+def skipped(root):
+    with (root / "utkface" / "skipped.csv").open(newline="") as lines:
+        return {row["file"]: row["reason"] for row in csv.DictReader(lines)}
+
+
+@pytest.fixture(scope="module")
+def kaggle(tmp_path_factory):
+    """A download with every trouble that is known: (source files, root where it was prepared)."""
+    work = tmp_path_factory.mktemp("kaggle")
+    good = faces()
+    first, second, third = list(good)[:3]
+    bare = [path.removeprefix("UTKFace/") for path in (first, second, third)]
+    files = (
+        good
+        | {
+            f"crop_part1/{bare[0]}": good[first],  # the same bytes again
+            f"crop_part1/{bare[1]}": with_comment(good[second]),  # the same pixels in other bytes
+            f"crop_part1/{bare[2]}": jpeg(1000),  # the same name on another face
+            f"UTKFace/{name(70, 0, 0, 900)}": with_comment(good[first]),  # a copy of another age
+            "UTKFace/readme.jpg": jpeg(1),
+            f"UTKFace/{name(200, 0, 0, 901)}": jpeg(2),
+            f"UTKFace/{name(20, 0, 0, 902)}": jpeg(3)[:700],
+            f"UTKFace/{name(20, 0, 0, 903)}": b"no image at all",
+            f"UTKFace/{name(20, 0, 0, 904)}": b"",
+            "UTKFace/Thumbs.db": b"windows",
+            f"__MACOSX/UTKFace/._{name(20, 0, 0, 905)}": b"mac",
+        }
+    )
+    info = quiet(write_zip(work / "archive.zip", files), work)
+    return files, work, info
+
+
+def test_found_is_kept_plus_skipped(kaggle):
+    files, root, info = kaggle
+    assert info["found"] == len(files)
+    assert info["kept"] == 42 and sum(info["skipped"].values()) == len(files) - 42
+    assert len(skipped(root)) == len(files) - 42
+    assert json.loads((root / "utkface" / "prepare.json").read_text()) == info
+
+
+def test_every_skipped_file_has_its_reason(kaggle):
+    files, root, info = kaggle
+    first, second, third = list(files)[:3]
+    reasons = skipped(root)
+    assert reasons == {
+        first.replace("UTKFace", "crop_part1"): f"duplicate file name (first at {first})",
+        second.replace("UTKFace", "crop_part1"): f"duplicate file name (first at {second})",
+        "UTKFace/readme.jpg": reasons["UTKFace/readme.jpg"],
+        f"UTKFace/{name(200, 0, 0, 901)}": "age outside 0-116 (200)",
+        f"UTKFace/{name(20, 0, 0, 902)}": "image cut short",
+        f"UTKFace/{name(20, 0, 0, 903)}": "not an image, or its header is damaged",
+        f"UTKFace/{name(20, 0, 0, 904)}": "empty file",
+        "UTKFace/Thumbs.db": "not an image file",
+        f"__MACOSX/UTKFace/._{name(20, 0, 0, 905)}": "macOS metadata",
+    }
+    assert reasons["UTKFace/readme.jpg"].startswith("not a UTKFace name")
+    assert info["skipped"]["duplicate file name"] == 2
+
+
+def test_same_name_on_another_face_is_kept_under_its_path(kaggle):
+    files, root, _ = kaggle
+    third = list(files)[2]
+    kept = read_labels(root / "utkface")["file"]
+    assert third.removeprefix("UTKFace/") in kept
+    assert third.replace("UTKFace", "crop_part1") in kept
+
+
+def test_duplicates_with_other_ages_are_counted_and_kept_together(kaggle):
+    _, root, info = kaggle
+    assert (info["duplicate_groups"], info["duplicate_files"]) == (1, 2)
+    assert (info["conflicting_age_groups"], info["straddling_groups"]) == (1, 0)
+    labels = read_labels(root / "utkface")
+    where = read_splits(root / "utkface" / "splits" / "default.csv")
+    assert sorted(where) == sorted(labels["file"])
+    twice = [i for i, key in enumerate(labels["pixel_hash"]) if labels["pixel_hash"].count(key) > 1]
+    assert len({where[labels["file"][i]] for i in twice}) == 1
+    assert {labels["age"][i] for i in twice} == {0, 70}
+
+
+def test_label_rows_are_the_records_in_order_with_their_original_bytes(kaggle):
+    files, root, _ = kaggle
+    labels = read_labels(root / "utkface")
+    builder = tfds.builder_from_directory(records_folder(root / "utkface"))
+    records = builder.as_data_source(split="faces", decoders={"image": tfds.decode.SkipDecoding()})
+    assert len(records) == len(labels["file"])
+    for i, record in enumerate(records):
+        file = labels["file"][i]
+        assert record["file"].decode() == file
+        assert record["image"] == files[file if "/" in file else f"UTKFace/{file}"]
+        assert record["age"] == labels["age"][i] == int(file.split("/")[-1].split("_")[0])
+        assert labels["pixel_hash"][i] == pixel_hash(decode_checked(record["image"]))
+        assert labels["height"][i] == labels["width"][i] == 48
+
+
+def test_summary_names_every_count(kaggle):
+    _, _, info = kaggle
+    table = summary(info)
+    for part in ("found", "kept", "duplicate file name", "split train", "class 18-40", "%"):
+        assert part in table
+
+
+def test_folder_zip_and_tar_give_the_same_fingerprint(tmp_path):
+    files = faces(24)
+    sources = {
+        "folder": write_folder(tmp_path / "faces", files),
+        "zip": write_zip(tmp_path / "faces.zip", files),
+        "tar": write_tar(tmp_path / "faces.tar", files),
+    }
+    infos = [quiet(source, tmp_path / kind) for kind, source in sources.items()]
+    assert len({info["fingerprint"] for info in infos}) == 1
+    tables = {(tmp_path / kind / "utkface" / "labels.csv").read_text() for kind in sources}
+    assert len(tables) == 1
+    other = quiet(sources["tar"], tmp_path / "seed", seed=1)
+    assert other["fingerprint"] != infos[0]["fingerprint"]
+
+
+def test_same_source_is_reused_and_another_replaces_it(tmp_path):
+    source, root, lines = write_zip(tmp_path / "faces.zip", faces(12)), tmp_path / "data", []
+    first = prepare(source, root, name="utkface", progress=lines.append)
+    stamp = (root / "utkface" / "labels.csv").stat().st_mtime_ns
+    assert any("fingerprint" in line for line in lines)
+    lines.clear()
+    assert prepare(source, root, name="utkface", progress=lines.append) == first
+    assert (root / "utkface" / "labels.csv").stat().st_mtime_ns == stamp
+    assert len(lines) == 1 and "is ready: 12 images" in lines[0]
+    (root / "utkface" / "splits" / "mine.csv").write_text("file,split\n")
+    other = prepare(
+        write_zip(tmp_path / "x.zip", faces(14)), root, name="utkface", progress=lines.append
+    )
+    assert other["kept"] == 14 and "another source" in lines[1]
+    assert (root / "utkface" / "splits" / "mine.csv").is_file()
+    assert os.listdir(root) == ["utkface"]
+
+
+@pytest.mark.parametrize("damage", ["prepare.json", "labels.csv", "record", "splits"])
+def test_half_built_folder_is_built_again(tmp_path, damage):
+    source = write_zip(tmp_path / "faces.zip", faces(12))
+    first, folder = quiet(source, tmp_path), tmp_path / "utkface"
+    if damage == "record":
+        (record,) = folder.glob("tfds/*/*/*array_record*")
+        record.write_bytes(record.read_bytes()[: record.stat().st_size // 2])
+    elif damage == "splits":
+        (folder / "splits" / "default.csv").unlink()
+    else:
+        (folder / damage).unlink()
+    (tmp_path / ".utkface.partial-999999999").mkdir()  # left by a process that died
+    assert quiet(source, tmp_path) == first
+    assert quiet(source, tmp_path) == first
+    assert sorted(os.listdir(tmp_path)) == ["faces.zip", "utkface"]
+
+
+def test_failure_leaves_nothing_behind(tmp_path):
+    source = write_tar(tmp_path / "faces.tar", faces(12))
+    source.write_bytes(source.read_bytes()[:9000])
+    with pytest.raises(ValueError, match="cut short"):
+        quiet(source, tmp_path / "data")
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_folder_of_other_files_is_never_replaced(tmp_path):
+    source = write_zip(tmp_path / "faces.zip", faces(4))
+    write_folder(tmp_path / "utkface", {"my_photo.jpg": b"precious"})
+    with pytest.raises(ValueError, match="holds other files \\(my_photo.jpg\\)"):
+        quiet(source, tmp_path)
+    assert (tmp_path / "utkface" / "my_photo.jpg").read_bytes() == b"precious"
+    with pytest.raises(ValueError, match="lies within the source"):
+        quiet(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"a.txt": b"x", "b.csv": b"y"}, "holds no images \\(2 other files\\)"),
+        ({}, "holds no images \\(0 other files\\)"),
+        (
+            {f"photos/img{i}.jpg": jpeg(i) for i in range(5)},
+            "has 5 images but none with a UTKFace name: found photos/img0.jpg, photos/img1.jpg, "
+            "photos/img2.jpg; expected \\[age\\]_",
+        ),
+        ({name(20, 0, 0, 0): jpeg(0)[:-9]}, "none of 1 images can be used; 1 of them: image cut"),
+    ],
+)
+def test_source_without_usable_images_raises_one_clear_line(tmp_path, files, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        quiet(write_zip(tmp_path / "faces.zip", files), tmp_path / "data")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_source_and_bad_name_raise(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.zip does not exist"):
+        quiet(tmp_path / "nowhere.zip", tmp_path)
+    with pytest.raises(ValueError, match="plain folder name"):
+        prepare(tmp_path, tmp_path, name="../up", progress=None)
+    with pytest.raises(FileNotFoundError, match="prepare it first"):
+        read_labels(tmp_path)
+
+
+def test_builder_reads_the_manual_folder_as_tfds_does(tmp_path):
+    write_folder(tmp_path / "manual", faces(6))
+    builder = Builder(data_dir=tmp_path / "tfds")
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(manual_dir=tmp_path / "manual")
+    )
+    assert len(builder.as_data_source(split="faces")) == 6
+
+
+def encode(image, kind, **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "1", "CMYK", "I;16"])
+def test_other_colour_modes_decode_as_rgb(mode):
+    rgb = Image.fromarray(picture(7))
+    if mode == "I;16":
+        data = encode(Image.fromarray(picture(7)[..., 0].astype(np.uint16) * 257), "PNG")
+        expected = np.repeat(picture(7)[..., :1], 3, axis=2)
+    else:
+        image = rgb.convert(mode)
+        data = encode(image, "JPEG", quality=95) if mode == "CMYK" else encode(image, "PNG")
+        expected = np.asarray(image.convert("RGB"))
+    pixels = decode_checked(data)
+    assert pixels.shape == (48, 48, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - expected).mean() < 4
+
+
+def test_exif_rotation_is_applied():
+    image = Image.fromarray(picture(8)[:32])
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90 degrees
+    upright = decode_checked(encode(image, "JPEG", quality=95, exif=exif))
+    assert upright.shape == (48, 32, 3)
+    turned = np.rot90(np.asarray(image), -1)
+    assert np.abs(upright.astype(int) - turned).mean() < 4
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9, "end marker", "zeros"])
+def test_jpeg_cut_short_is_refused(keep):
+    data = jpeg(3, size=200)
+    if keep == "end marker":
+        cut = data[:-2]
+    elif keep == "zeros":
+        cut = data[: len(data) // 2].ljust(len(data), b"\0")
+    else:
+        cut = data[: int(len(data) * keep)]
+    with pytest.raises(ValueError, match="image cut short"):
+        decode_checked(cut)
+
+
+def test_bytes_after_the_end_of_a_jpeg_do_no_harm():
+    data = jpeg(4)
+    np.testing.assert_array_equal(decode_checked(data + b"trailer"), decode_checked(data))
+
+
+def test_png_cut_in_half_is_refused():
+    data = encode(Image.fromarray(picture(5)), "PNG")
+    with pytest.raises(ValueError, match="image cut short"):
+        decode_checked(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("side", [10_001, 20_000])  # Pillow itself refuses only the second
+def test_image_of_too_many_pixels_is_refused_before_decoding(monkeypatch, side):
+    monkeypatch.setattr(cv2, "imdecode", None)  # would raise
+    small = encode(Image.fromarray(picture(6)), "PNG")
+    header = small[:16] + side.to_bytes(4, "big") * 2 + small[24:29]
+    bomb = header + zlib.crc32(header[12:29]).to_bytes(4, "big") + small[33:]
+    assert side**2 > MAX_PIXELS
+    with pytest.raises(ValueError, match="larger than 100 megapixels"):
+        decode_checked(bomb)
+
+
+def test_metadata_does_not_change_the_pixel_hash_and_the_shape_does():
+    data = jpeg(9)
+    assert pixel_hash(decode_checked(with_comment(data))) == pixel_hash(decode_checked(data))
+    flat = np.zeros((4, 6, 3), np.uint8)
+    assert pixel_hash(flat) != pixel_hash(flat.reshape(6, 4, 3))
+
+
+def test_decode_image_crops_the_centre_square_and_resizes():
+    wide = np.zeros((40, 80, 3), np.uint8)
+    wide[:, 20:60] = (10, 100, 200)
+    data = cv2.imencode(".png", wide[..., ::-1])[1].tobytes()
+    for size in (16, 40, 64):  # shrunk, kept, grown
+        image = decode_image(data, size)
+        assert image.shape == (size, size, 3) and image.dtype == np.uint8
+        assert (image == (10, 100, 200)).all()
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode_image(b"nothing", 16)

@@ -1,0 +1,103 @@
+"""Splits: copies stay together, ages are divided alike, and nothing hangs on the order of files."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from input_pipeline.splits import (
+    assign_splits,
+    fingerprint,
+    read_splits,
+    straddling_groups,
+    write_splits,
+)
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    ages = rng.choice([5, 26, 26, 26, 26, 50, 70, 110], 3000)
+    hashes = np.array([f"{i:05d}" for i in range(3000)])
+    copies = rng.choice(3000, 200, replace=False)
+    hashes[copies[:100]] = hashes[copies[100:]]  # 100 pairs, many of them with two ages
+    return hashes, ages
+
+
+def test_identical_pictures_never_part(images):
+    hashes, ages = images
+    splits = assign_splits(hashes, ages)
+    assert straddling_groups(hashes, splits) == 0
+    assert straddling_groups(hashes, np.random.default_rng(1).permutation(splits)) > 20
+
+
+def test_fractions_hold_overall_and_within_every_age(images):
+    hashes, ages = images
+    splits = assign_splits(hashes, ages)
+    fractions = {"train": 0.7, "validation": 0.15, "test": 0.15}
+    for name, share in fractions.items():
+        assert abs((splits == name).sum() - share * len(ages)) <= 2
+        for age in np.unique(ages):
+            inside = ages == age
+            # the copies with another age are counted elsewhere than where they were placed
+            assert abs((splits[inside] == name).sum() - share * inside.sum()) <= 15
+
+
+def test_split_does_not_depend_on_the_order_of_files(images):
+    hashes, ages = images
+    splits = assign_splits(hashes, ages)
+    order = np.random.default_rng(2).permutation(len(ages))
+    np.testing.assert_array_equal(assign_splits(hashes[order], ages[order]), splits[order])
+    assert fingerprint(hashes[order], splits[order]) == fingerprint(hashes, splits)
+
+
+def test_seed_changes_the_split(images):
+    hashes, ages = images
+    changed = (assign_splits(hashes, ages, seed=1) != assign_splits(hashes, ages)).mean()
+    assert 0.3 < changed < 0.7  # two independent draws differ in 1 - .7² - 2·.15² = 0.465
+
+
+def test_fingerprint_sees_a_single_move(images):
+    hashes, ages = images
+    splits = assign_splits(hashes, ages)
+    before = fingerprint(hashes, splits)
+    splits[0] = "test" if splits[0] != "test" else "train"
+    assert fingerprint(hashes, splits) != before
+
+
+def test_other_fractions_and_wrong_ones(images):
+    hashes, ages = images
+    halves = Counter(assign_splits(hashes, ages, fractions=(("a", 0.5), ("b", 0.5))).tolist())
+    assert abs(halves["a"] - halves["b"]) <= 2
+    with pytest.raises(ValueError, match="sum to 1"):
+        assign_splits(hashes, ages, fractions=(("a", 0.5), ("b", 0.6)))
+    with pytest.raises(ValueError, match="3000 hashes but 2 ages"):
+        assign_splits(hashes, ages[:2])
+
+
+def test_written_splits_are_read_back(tmp_path):
+    path = tmp_path / "default.csv"
+    files = ["b, with comma.jpg", "a .jpg"]
+    write_splits(path, files, ["2", "1"], ["train", "test"])
+    assert read_splits(path) == {"a .jpg": "test", "b, with comma.jpg": "train"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("file,part\na.jpg,train\n", "has the columns file, part, but split must be among them"),
+        ("", "has the columns \\(none\\)"),
+        ("file,split\n", "has no rows"),
+        ("file,split\na.jpg,\n", "line 2: file or split is empty"),
+        ("file,split\na.jpg,train\na.jpg,test\n", "a.jpg is in train and in test"),
+    ],
+)
+def test_bad_split_file_raises_with_the_reason(tmp_path, content, reason):
+    (tmp_path / "s.csv").write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        read_splits(tmp_path / "s.csv")
+
+
+def test_missing_split_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.csv does not exist"):
+        read_splits(tmp_path / "none.csv")
