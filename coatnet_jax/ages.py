@@ -1,0 +1,68 @@
+"""Ages as a distribution over whole years, and the answers read from it.
+
+A model gives one probability to each age 0-116. The median in years and the four age classes are
+both read from those same probabilities, so the two answers cannot disagree. Every function takes
+NumPy or JAX arrays and gives back the same kind.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+N_AGES = 117  # ages 0-116, the range of UTKFace
+CLASS_NAMES = ("<18", "18-40", "41-60", ">60")
+CLASS_STARTS = (18, 41, 61)  # the first age of every class after the first
+
+# Keeps the median strictly inside its year, so that rounding can never carry it into the next.
+_INSIDE = 1e-4
+
+
+def _numpy_or_jax(array):
+    return jnp if isinstance(array, jax.Array) else np
+
+
+def age_class(age: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The class 0-3 (see `CLASS_NAMES`) of ages in years; 18 and 40 are class 1, 60 is class 2.
+
+    An age between two whole years counts as the nearest one, so medians can be given as they are.
+    """
+    xp = _numpy_or_jax(age)
+    age = xp.asarray(age)
+    return sum((age >= start - 0.5).astype(xp.int32) for start in CLASS_STARTS)
+
+
+def class_probabilities(p: Float[Array, "... 117"]) -> Float[Array, "... 4"]:
+    """The probability of each of the four classes: the sum over its ages."""
+    edges = (0, *CLASS_STARTS, N_AGES)
+    sums = [p[..., a:b].sum(-1) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return _numpy_or_jax(p).stack(sums, axis=-1)
+
+
+def expected_age(p: Float[Array, "... 117"]) -> Float[Array, "..."]:
+    """The mean of the distribution, in years."""
+    years = _numpy_or_jax(p).arange(N_AGES, dtype=p.dtype)
+    return (p * years).sum(-1)
+
+
+def median_age(p: Float[Array, "... 117"]) -> Float[Array, "..."]:
+    """The median of the distribution, in years: the answer with the least expected absolute error.
+
+    The probability of age a is spread evenly over [a - 0.5, a + 0.5); the result lies in 0-116.
+    Rounded, it is the integer median (the first age by which half the probability is
+    reached), whose class is the median of `class_probabilities`. `p` need not sum to one.
+    """
+    xp = _numpy_or_jax(p)
+    cumulative = xp.cumsum(p, axis=-1)
+    half = cumulative[..., -1:] / 2
+    year = xp.argmax(cumulative >= half, axis=-1)[..., None]
+    mass = xp.take_along_axis(p, year, axis=-1)
+    before = xp.take_along_axis(cumulative, year, axis=-1) - mass
+    tiny = xp.finfo(p.dtype).tiny
+    inside = xp.clip((half - before) / xp.maximum(mass, tiny), _INSIDE, 1 - _INSIDE)
+    return (year.astype(p.dtype) - 0.5 + inside)[..., 0]
+
+
+def most_likely_age(p: Float[Array, "... 117"]) -> Int[Array, "..."]:
+    """The single most probable age, in years."""
+    return _numpy_or_jax(p).argmax(p, axis=-1)

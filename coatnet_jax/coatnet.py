@@ -1,0 +1,380 @@
+"""CoAtNet: two stages of MBConv, then two of relative attention (Dai et al., arXiv 2106.04803).
+
+The sizes are those of the paper's Tables 3, 9 and 12; what the paper leaves open (padding,
+epsilons, pooling, where the expansion is counted from) follows timm's `coatnet_0_224`, whose
+weights give the same logits here. Images and features are channels-last.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from coatnet_jax.batchnorm import BatchNorm, gelu
+from coatnet_jax.conv import Conv3x3
+from coatnet_jax.depthwise import depthwise_conv3x3
+
+EXPANSION = 4  # of MBConv and of the feed-forward layer, counted from the block's own width
+SMALLEST_IMAGE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class CoAtNetConfig:
+    """Widths and depths of the stem and the four stages, and the width of an attention head."""
+
+    widths: tuple[int, int, int, int, int]
+    depths: tuple[int, int, int, int, int]
+    head_dim: int = 32
+
+
+VARIANTS = {
+    "coatnet_0": CoAtNetConfig((64, 96, 192, 384, 768), (2, 2, 3, 5, 2)),
+    "coatnet_1": CoAtNetConfig((64, 96, 192, 384, 768), (2, 2, 6, 14, 2)),
+    "coatnet_2": CoAtNetConfig((128, 128, 256, 512, 1024), (2, 2, 6, 14, 2)),
+    "coatnet_3": CoAtNetConfig((192, 192, 384, 768, 1536), (2, 2, 6, 14, 2)),
+    "coatnet_4": CoAtNetConfig((192, 192, 384, 768, 1536), (2, 2, 12, 28, 2)),
+    "coatnet_5": CoAtNetConfig((192, 256, 512, 1280, 2048), (2, 2, 12, 28, 2), head_dim=64),
+    # Our own small ones, for small faces and slow machines.
+    "coatnet_micro": CoAtNetConfig((24, 32, 64, 192, 384), (2, 1, 2, 4, 1)),
+    "coatnet_atto": CoAtNetConfig((16, 24, 48, 64, 128), (1, 1, 2, 2, 1)),
+}
+
+conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+dense_init = nn.initializers.xavier_uniform()
+
+
+class CoAtNet(nn.Module):
+    """The backbone: images to pooled, layer-normed features.
+
+    Attributes:
+      config: widths and depths, one of `VARIANTS` or your own.
+      drop_path: the rate of the last block; the first has 0 and the others lie between, linearly.
+        Training with it needs an rng named 'dropout'.
+      dtype: of the computation, 'float32' or 'bfloat16'. Parameters, normalisation statistics,
+        softmax and features are float32 in either.
+      remat: recompute each block in the backward pass, for memory.
+      frozen_below: the stages below this one (the stem is stage 0) run as in evaluation even while
+        training: running BatchNorm statistics, which stay as they are, and no drop path. For
+        stages whose parameters are frozen; 5 is the whole backbone.
+    """
+
+    config: CoAtNetConfig
+    drop_path: float = 0.0
+    dtype: str = "float32"
+    remat: bool = False
+    frozen_below: int = 0
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "b h w 3"], *, train: bool, return_map: bool = False
+    ) -> Float[Array, "b d"] | tuple[Float[Array, "b d"], Float[Array, "b h32 w32 d"]]:
+        """Returns float32 features [b, D], and before them in the same pass, with `return_map`,
+        the last feature map [b, ceil(h/32), ceil(w/32), D] that they are the mean of.
+
+        Any height and width of at least 32 will do. Raises ValueError for anything else and for
+        parameters that were made for another image size (see `adapt_relative_bias`).
+        """
+        _check_images(images, self.dtype)
+        widths, depths, dtype = self.config.widths, self.config.depths, jnp.dtype(self.dtype)
+        rates = iter(np.linspace(0.0, self.drop_path, sum(depths[1:])).tolist())
+        conv, attention = MBConv, functools.partial(Transformer, head_dim=self.config.head_dim)
+        if self.remat:
+            conv = nn.remat(MBConv, static_argnums=(2,))
+            attention = functools.partial(
+                nn.remat(Transformer, static_argnums=(2,)), head_dim=self.config.head_dim
+            )
+
+        x = images.astype(dtype)
+        x = Stem(widths[0], depths[0], dtype=dtype, name="stem")(
+            x, train and self.frozen_below == 0
+        )
+        for stage in (1, 2, 3, 4):
+            block = conv if stage <= 2 else attention
+            for n in range(depths[stage]):
+                x = block(
+                    widths[stage],
+                    stride=2 if n == 0 else 1,
+                    drop_path=next(rates),
+                    dtype=dtype,
+                    name=f"stage{stage}_block{n}",
+                )(x, train and stage >= self.frozen_below)
+
+        x = x.astype(jnp.float32)
+        features = nn.LayerNorm(epsilon=1e-6, name="norm")(x.mean((1, 2)))
+        return (features, x) if return_map else features
+
+
+def _check_images(images, dtype):
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', not {dtype!r}")
+    if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"CoAtNet takes float images [b, h, w, channels], not {images.dtype}{images.shape}"
+        )
+    _, h, w, _ = images.shape
+    if min(h, w) < SMALLEST_IMAGE:
+        raise ValueError(
+            f"an image of {h}x{w} is too small: CoAtNet halves it five times and needs at least "
+            f"{SMALLEST_IMAGE}x{SMALLEST_IMAGE}"
+        )
+
+
+class Stem(nn.Module):
+    """3x3 convolutions, the first at stride 2, with BN and GELU between them."""
+
+    width: int
+    depth: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 d"]:
+        for n in range(self.depth):
+            if n > 0:
+                x = BatchNorm(gelu=True, name=f"norm{n}")(x, train)
+            x = Conv3x3(
+                self.width,
+                stride=2 if n == 0 else 1,
+                dtype=self.dtype,
+                kernel_init=conv_init,
+                name=f"conv{n + 1}",
+            )(x)
+        return x
+
+
+class MBConv(nn.Module):
+    """Pre-norm inverted bottleneck with squeeze-and-excitation; expands on its own width."""
+
+    width: int
+    stride: int
+    drop_path: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 d"]:
+        inner = EXPANSION * self.width
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=conv_init)
+
+        shortcut = pool2x2(x) if self.stride == 2 else x
+        if x.shape[-1] != self.width:
+            shortcut = dense(self.width, name="shortcut")(shortcut)
+
+        x = BatchNorm(name="pre_norm")(x, train)
+        x = dense(inner, use_bias=False, name="expand")(x)
+        x = BatchNorm(gelu=True, name="norm1")(x, train)
+        x = DepthwiseConv(self.stride, dtype=self.dtype, name="depthwise")(x)
+        x = BatchNorm(gelu=True, name="norm2")(x, train)
+        x = SqueezeExcite(self.width // 4, dtype=self.dtype, name="se")(x)
+        x = dense(self.width, name="project")(x)
+        return shortcut + DropPath(self.drop_path)(x, train)
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise 3x3 convolution without bias; see `depthwise.py`."""
+
+    stride: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        init = nn.initializers.normal(np.sqrt(2 / 9))  # fan-out of one channel: nine taps
+        kernel = self.param("kernel", init, (3, 3, x.shape[-1]))
+        return depthwise_conv3x3(x, kernel.astype(self.dtype), stride=self.stride)
+
+
+class SqueezeExcite(nn.Module):
+    """Scales every channel by a gate computed from the means of all channels."""
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        c = x.shape[-1]
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=conv_init)
+        gate = x.mean((1, 2), keepdims=True)
+        gate = nn.silu(dense(self.hidden, name="reduce")(gate))
+        return x * nn.sigmoid(dense(c, name="expand")(gate))
+
+
+class Transformer(nn.Module):
+    """Pre-norm relative attention, then a feed-forward layer; a stride-2 one pools first."""
+
+    width: int
+    stride: int
+    drop_path: float
+    dtype: jnp.dtype
+    head_dim: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 d"]:
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=dense_init)
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+
+        shortcut, y = x, norm(name="norm1")(x)
+        if self.stride == 2:
+            shortcut, y = pool2x2(x), pool2x2(y)
+        if x.shape[-1] != self.width:
+            shortcut = dense(self.width, name="shortcut")(shortcut)
+        y = RelativeAttention(self.width, self.head_dim, dtype=self.dtype, name="attention")(y)
+        x = shortcut + DropPath(self.drop_path)(y, train)
+
+        y = dense(EXPANSION * self.width, name="mlp1")(norm(name="norm2")(x))
+        y = dense(self.width, name="mlp2")(gelu(y))
+        return x + DropPath(self.drop_path)(y, train)
+
+
+class RelativeAttention(nn.Module):
+    """Global attention with a learned bias for each head and each offset of two tokens."""
+
+    width: int
+    head_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        b, h, w, _ = x.shape
+        heads = self.width // self.head_dim
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=dense_init)
+        self._check_table(h, w)
+        shape = ((2 * h - 1) * (2 * w - 1), heads)
+        table = self.param("relative_bias", nn.initializers.normal(0.02), shape)
+
+        qkv = dense(3 * self.width, name="qkv")(x).reshape(b, h * w, 3, heads, self.head_dim)
+        q, k, v = (qkv[:, :, n] for n in range(3))
+        logits = jnp.einsum("bqnd,bknd->bnqk", q * self.head_dim**-0.5, k)
+        logits = logits.astype(jnp.float32) + relative_bias(table, (h, w))
+        weights = jax.nn.softmax(logits).astype(self.dtype)
+        y = jnp.einsum("bnqk,bknd->bqnd", weights, v).reshape(b, h, w, self.width)
+        return dense(self.width, name="out")(y)
+
+    def _check_table(self, h, w):
+        if not self.has_variable("params", "relative_bias"):
+            return
+        entries, needed = (
+            self.get_variable("params", "relative_bias").shape[0],
+            (2 * h - 1) * (2 * w - 1),
+        )
+        if entries != needed:
+            raise ValueError(
+                f"{'/'.join(self.path)}: these weights hold {entries} relative positions, but "
+                f"this image size gives {h}x{w} tokens, which need {needed}; resize the tables "
+                "with adapt_relative_bias or use the image size they were trained at"
+            )
+
+
+class DropPath(nn.Module):
+    """Drops the whole branch of some images while training (stochastic depth)."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        return nn.Dropout(self.rate, broadcast_dims=(1, 2, 3))(x, deterministic=not train)
+
+
+class Dense(nn.Dense):
+    """Flax's Dense over the last axis, as one product of two matrices.
+
+    With more than two axes XLA would copy both operands of the weight gradient, transposed, and
+    on a CPU that takes ten times as long as the product.
+    """
+
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch d"]:
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+
+
+def pool2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Means of 2x2 pixels; with an odd size the last row or column has means of what is there.
+
+    That makes ceil(h/2) rows, as many as the stride-2 convolution of the other branch.
+    """
+    b, h, w, c = x.shape
+    if h % 2 == 0 and w % 2 == 0:
+        return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    return nn.avg_pool(x, (2, 2), (2, 2), padding=((0, h % 2), (0, w % 2)), count_include_pad=False)
+
+
+def relative_bias(
+    table: Float[Array, "offsets n"], hw: tuple[int, int]
+) -> Float[Array, "n tokens tokens"]:
+    """Spreads a table of offsets over all pairs (query, key) of the h x w tokens.
+
+    Offset (qi - ki, qj - kj) is row (qi - ki + h - 1)(2w - 1) + (qj - kj + w - 1) of the table.
+    Two products with 0/1 matrices: their gradient is two products again, not a scatter.
+    """
+    h, w = hw
+    rows, columns = _offset_one_hot(h), _offset_one_hot(w)
+    grid = table.reshape(2 * h - 1, 2 * w - 1, -1)
+    grid = jnp.einsum("ikr,rcn->ikcn", rows, grid, precision="highest")
+    bias = jnp.einsum("jlc,ikcn->nijkl", columns, grid, precision="highest")
+    return bias.reshape(-1, h * w, h * w)
+
+
+def _offset_one_hot(n):
+    q, k = np.arange(n)[:, None], np.arange(n)[None, :]
+    return np.eye(2 * n - 1, dtype=np.float32)[q - k + n - 1]
+
+
+def resize_relative_bias(
+    table: Float[Array, "offsets n"], old_hw: tuple[int, int], new_hw: tuple[int, int]
+) -> Float[Array, "offsets2 n"]:
+    """Resizes a relative bias table from old to new numbers of tokens, bilinearly in 2-D.
+
+    The outermost offsets stay the outermost (corners are aligned), so offset 0 stays offset 0.
+    Raises ValueError when the table does not belong to `old_hw`.
+    """
+    (h, w), (new_h, new_w) = old_hw, new_hw
+    if table.shape[0] != (2 * h - 1) * (2 * w - 1):
+        raise ValueError(
+            f"a relative bias table of {table.shape[0]} rows is not one of {h}x{w} tokens, "
+            f"which has {(2 * h - 1) * (2 * w - 1)}"
+        )
+    rows = _interpolation(2 * h - 1, 2 * new_h - 1)
+    columns = _interpolation(2 * w - 1, 2 * new_w - 1)
+    grid = table.reshape(2 * h - 1, 2 * w - 1, -1)
+    grid = jnp.einsum("Rr,Cc,rcn->RCn", rows, columns, grid, precision="highest")
+    return grid.reshape(-1, table.shape[1])
+
+
+def _interpolation(old, new):
+    """Matrix [new, old] that interpolates linearly between `old` points, corners aligned."""
+    at = np.linspace(0, old - 1, new) if new > 1 else np.array([(old - 1) / 2])
+    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old))).astype(np.float32)
+
+
+def adapt_relative_bias(params: dict, like: dict) -> dict:
+    """Returns `params` with every relative bias table resized to the shape it has in `like`.
+
+    Both are nested dicts of one architecture, `like` of arrays or shapes (`jax.eval_shape`) made
+    at the new image size; anything else is returned as it came. The image sizes have to be
+    square. Raises ValueError where the numbers of heads differ or a table is not a square's.
+    """
+
+    def adapt(tree, like, path):
+        if not isinstance(tree, dict) or not isinstance(like, dict):
+            return tree
+        adapted = {key: adapt(tree[key], like.get(key), (*path, key)) for key in tree}
+        old, new = tree.get("relative_bias"), like.get("relative_bias")
+        if old is None or new is None or old.shape == new.shape:
+            return adapted
+        name = "/".join((*path, "relative_bias"))
+        if old.shape[1] != new.shape[1]:
+            raise ValueError(f"{name} has {old.shape[1]} heads, the model has {new.shape[1]}")
+        sides = [_square_side(rows, name) for rows in (old.shape[0], new.shape[0])]
+        resized = resize_relative_bias(old, (sides[0],) * 2, (sides[1],) * 2)
+        return {**adapted, "relative_bias": resized}
+
+    return adapt(params, like, ())
+
+
+def _square_side(entries, name):
+    side = round(entries**0.5)
+    if side * side != entries or side % 2 == 0:
+        raise ValueError(
+            f"{name} has {entries} rows, which is no square image: use resize_relative_bias"
+        )
+    return (side + 1) // 2

@@ -1,0 +1,119 @@
+"""Metrics: weighted sums that add up over batches and devices, and plain NumPy scores in years.
+
+On the device a metric is a pair (weighted sum, weight): padding has weight 0, pairs of several
+batches add up, and the mean is taken once at the end. The NumPy scores work on whole splits; rows
+whose true label is negative (unknown) are left out of the class scores.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Pair = tuple[Float[Array, ""], Float[Array, ""]]
+
+
+def weighted(values: Float[Array, "b"], weight: Float[Array, "b"]) -> Pair:
+    """(sum of weight * values, sum of weight); a row of weight 0 counts for nothing, even NaN."""
+    weight = weight.astype(jnp.float32)
+    counted = jnp.where(weight > 0, values.astype(jnp.float32), 0.0)
+    return jnp.sum(counted * weight), jnp.sum(weight)
+
+
+def merge(a: Any, b: Any) -> Any:
+    """Two pairs, or two dicts of pairs with the same keys, added up."""
+    return jax.tree.map(lambda x, y: x + y, a, b)
+
+
+def compute(pairs: dict[str, Pair]) -> dict[str, float]:
+    """The weighted mean of each pair as a float; NaN where nothing was counted."""
+    values = jax.device_get(pairs)
+    return {k: float(s) / float(w) if w else float("nan") for k, (s, w) in values.items()}
+
+
+def mae(true: Float[np.ndarray, "n"], predicted: Float[np.ndarray, "n"]) -> float:
+    """Mean absolute error, in years."""
+    true, predicted = _same_length(true, predicted)
+    return float(np.mean(np.abs(predicted.astype(np.float64) - true)))
+
+
+def cumulative_score(err: Float[np.ndarray, "n"], within: float = 5) -> float:
+    """CS(within): the share 0-1 of errors (years, signed or not) of at most `within` years."""
+    return float(np.mean(np.abs(np.asarray(err)) <= within))
+
+
+def accuracy(true: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"]) -> float:
+    """The share 0-1 of right classes among the known ones; NaN when none is known."""
+    true, predicted = _known(true, predicted)
+    return float(np.mean(true == predicted)) if len(true) else float("nan")
+
+
+def balanced_accuracy(true: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"]) -> float:
+    """The mean over the classes that occur of the share 0-1 found; NaN when none is known."""
+    true, predicted = _known(true, predicted)
+    if not len(true):
+        return float("nan")
+    return float(np.mean([np.mean(predicted[true == c] == c) for c in np.unique(true)]))
+
+
+def confusion_matrix(
+    true: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"], n: int
+) -> Int[np.ndarray, "n n"]:
+    """Counts [n, n]: row = true class, column = predicted class."""
+    true, predicted = _known(true, predicted)
+    for labels in (true, predicted):
+        if len(labels) and not 0 <= labels.min() <= labels.max() < n:
+            raise ValueError(f"classes {labels.min()}..{labels.max()} do not fit in 0..{n - 1}")
+    return np.bincount(n * true + predicted, minlength=n * n).reshape(n, n)
+
+
+def knn_age(
+    train_z: Float[np.ndarray, "n d"],
+    train_age: Float[np.ndarray, "n"],
+    z: Float[np.ndarray, "m d"],
+    k: int = 20,
+) -> Float[np.ndarray, "m"]:
+    """The plain mean age of the `k` training rows with the greatest cosine similarity, in years.
+
+    Neighbours are not weighted, so there is no temperature to tune. Works in float32, 1,024 rows
+    of `z` at a time. Raises ValueError when there are fewer than `k` training rows.
+    """
+    if not 1 <= k <= len(train_z):
+        raise ValueError(f"k={k} neighbours asked of {len(train_z)} training rows")
+    bank, ages = _unit(train_z), np.asarray(train_age, np.float32)
+    predicted = []
+    for start in range(0, len(z), 1024):
+        similarity = _unit(z[start : start + 1024]) @ bank.T
+        nearest = np.argpartition(similarity, -k, axis=1)[:, -k:]
+        predicted.append(ages[nearest].mean(axis=1))
+    return np.concatenate(predicted) if predicted else np.zeros(0, np.float32)
+
+
+def knn_mae(
+    train_z: Float[np.ndarray, "n d"],
+    train_age: Float[np.ndarray, "n"],
+    z: Float[np.ndarray, "m d"],
+    age: Float[np.ndarray, "m"],
+    k: int = 20,
+) -> float:
+    """Mean absolute error in years of `knn_age`: what the features know of age, no head trained."""
+    return mae(np.asarray(age), knn_age(train_z, train_age, z, k))
+
+
+def _unit(z: np.ndarray) -> np.ndarray:
+    z = np.asarray(z, np.float32)
+    return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+
+
+def _same_length(true, predicted) -> tuple[np.ndarray, np.ndarray]:
+    true, predicted = np.asarray(true), np.asarray(predicted)
+    if true.shape != predicted.shape:  # or NumPy would broadcast [n] with [n, 1] to [n, n]
+        raise ValueError(f"true has shape {true.shape}, predicted has shape {predicted.shape}")
+    return true, predicted
+
+
+def _known(true, predicted) -> tuple[np.ndarray, np.ndarray]:
+    true, predicted = _same_length(true, predicted)
+    return true[true >= 0], predicted[true >= 0]

@@ -1,0 +1,229 @@
+"""CoAtNet against the paper's and timm's counts, NumPy oracles, and timm's own outputs."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coatnet_jax.coatnet import (
+    VARIANTS,
+    CoAtNet,
+    CoAtNetConfig,
+    DropPath,
+    adapt_relative_bias,
+    pool2x2,
+    relative_bias,
+    resize_relative_bias,
+)
+from coatnet_jax.heads import ClassifierHead
+from coatnet_jax.models import create_backbone
+
+TINY = CoAtNetConfig((4, 6, 8, 12, 16), (2, 1, 1, 1, 1), head_dim=4)
+
+
+class Classifier(nn.Module):
+    """A backbone with CoAtNet's head, as the paper counts it."""
+
+    backbone: nn.Module
+    classes: int = 1000
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        features = self.backbone(images, train=train)
+        return ClassifierHead(self.classes, name='head')(features)
+
+
+def shapes(model, size=224):
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope='module')
+def images():
+    return jax.random.normal(jax.random.key(0), (3, 48, 32, 3))
+
+
+@pytest.fixture(scope='module')
+def variables(images):
+    return jax.jit(lambda x: CoAtNet(TINY).init(jax.random.key(1), x, train=False))(images)
+
+
+@pytest.mark.parametrize(
+    'name, paper, timm',
+    [
+        ('coatnet_0', 25, 25.04),
+        ('coatnet_1', 42, 42.23),
+        ('coatnet_2', 75, 74.68),
+        ('coatnet_3', 168, 166.97),
+        ('coatnet_4', 275, 275.43),
+        ('coatnet_5', 688, 687.47),
+    ],
+)
+def test_parameter_counts_are_the_papers_and_timms(name, paper, timm):
+    millions = count(shapes(Classifier(create_backbone(name)))['params']) / 1e6
+    assert abs(millions - paper) < 0.007 * paper
+    # coatnet_5 of timm has heads of 32 where the paper's Table 12 has 64: 0.42 M more biases.
+    assert abs(millions - timm) < (0.43 if name == 'coatnet_5' else 0.01)
+
+
+@pytest.mark.parametrize('name, most', [('coatnet_micro', 6e6), ('coatnet_atto', 1e6)])
+def test_small_variants_are_small(name, most):
+    assert most / 3 < count(shapes(create_backbone(name), 64)['params']) < most
+
+
+def test_module_names_are_the_checkpoint_format():
+    names = set(shapes(CoAtNet(VARIANTS['coatnet_0']))['params'])
+    blocks = {f'stage{s + 1}_block{n}' for s, depth in enumerate((2, 3, 5, 2)) for n in range(depth)}
+    assert names == {'stem', 'norm'} | blocks
+
+
+@pytest.mark.parametrize('h, w', [(32, 32), (48, 33), (50, 56), (80, 96), (112, 111)])
+def test_odd_sizes_halve_upwards(h, w):
+    images = jax.ShapeDtypeStruct((2, h, w, 3), jnp.float32)
+
+    def run(x):
+        model = CoAtNet(TINY)
+        return model.init_with_output(jax.random.key(0), x, train=False, return_map=True)[0]
+
+    features, last = jax.eval_shape(run, images)
+    assert features.shape == (2, 16) and features.dtype == jnp.float32
+    assert last.shape == (2, -(-h // 32), -(-w // 32), 16)
+
+
+def test_features_are_the_normed_mean_of_the_map(images, variables):
+    features, last = CoAtNet(TINY).apply(variables, images, train=False, return_map=True)
+    mean = np.asarray(last).mean((1, 2))
+    expected = (mean - mean.mean(1, keepdims=True)) / np.sqrt(mean.var(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(features, expected, atol=1e-4)
+
+
+def test_wrong_images_raise(images, variables):
+    model = CoAtNet(TINY)
+    with pytest.raises(ValueError, match='31x40 is too small'):
+        model.init(jax.random.key(0), jnp.zeros((1, 31, 40, 3)), train=False)
+    with pytest.raises(ValueError, match='takes float images'):
+        model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8), train=False)
+    with pytest.raises(ValueError, match='need 15; resize the tables'):
+        model.apply(variables, jnp.zeros((1, 64, 32, 3)), train=False)
+    with pytest.raises(ValueError, match="not 'float16'"):
+        CoAtNet(TINY, dtype='float16').init(jax.random.key(0), images, train=False)
+
+
+def test_pool_means_what_is_there():
+    x = np.arange(2 * 5 * 4 * 3, dtype=np.float32).reshape(2, 5, 4, 3)
+    expected = np.stack(
+        [
+            np.stack([x[:, i : i + 2, j : j + 2].mean((1, 2)) for j in (0, 2)], axis=1)
+            for i in (0, 2, 4)
+        ],
+        axis=1,
+    )
+    np.testing.assert_allclose(pool2x2(jnp.asarray(x)), expected, rtol=1e-6)
+    np.testing.assert_allclose(pool2x2(jnp.asarray(x[:, :4])), expected[:, :2], rtol=1e-6)
+
+
+def test_relative_bias_is_looked_up_by_offset():
+    h, w, heads = 3, 2, 4
+    table = np.random.default_rng(0).normal(size=((2 * h - 1) * (2 * w - 1), heads))
+    bias = np.asarray(relative_bias(jnp.asarray(table, jnp.float32), (h, w)))
+    assert bias.shape == (heads, h * w, h * w)
+    for query in range(h * w):
+        for key in range(h * w):
+            (qi, qj), (ki, kj) = divmod(query, w), divmod(key, w)
+            row = (qi - ki + h - 1) * (2 * w - 1) + qj - kj + w - 1
+            np.testing.assert_allclose(bias[:, query, key], table[row], rtol=1e-6)
+
+
+def test_resized_bias_keeps_a_plane_and_its_centre():
+    # A table that is linear in both offsets stays linear: bilinear interpolation is exact on it.
+    rows, columns = np.linspace(-1, 1, 2 * 7 - 1), np.linspace(-1, 1, 2 * 5 - 1)
+    table = (3 + 2 * rows[:, None] - columns).reshape(-1, 1).astype(np.float32)
+    resized = np.asarray(resize_relative_bias(jnp.asarray(table), (7, 5), (4, 6))).reshape(7, 11)
+    expected = 3 + 2 * np.linspace(-1, 1, 7)[:, None] - np.linspace(-1, 1, 11)
+    np.testing.assert_allclose(resized, expected, atol=1e-5)
+    np.testing.assert_allclose(resized[3, 5], 3, atol=1e-5)
+    with pytest.raises(ValueError, match='which has 117'):
+        resize_relative_bias(jnp.asarray(table[:-1]), (7, 5), (4, 6))
+
+
+def test_adapted_weights_run_at_another_size_and_others_are_untouched():
+    model, small, large = CoAtNet(TINY), jnp.ones((1, 32, 32, 3)), jnp.ones((1, 64, 64, 3))
+    params = model.init(jax.random.key(0), small, train=False)
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), large, train=False))
+    adapted = adapt_relative_bias(params['params'], like['params'])
+    same = jax.tree.map(lambda a, b: a.shape == b.shape, adapted, like['params'])
+    assert all(jax.tree.leaves(same))
+    assert adapted['stem'] == params['params']['stem']
+    model.apply({**params, 'params': adapted}, large, train=False)
+    # Wrapped in a model, and back again: the old size's tables return unless they shrank before.
+    back = adapt_relative_bias({'backbone': adapted}, {'backbone': params['params']})['backbone']
+    table = ('stage3_block0', 'attention', 'relative_bias')
+    old, new = (p[table[0]][table[1]][table[2]] for p in (params['params'], back))
+    np.testing.assert_allclose(old, new, atol=1e-6)
+
+
+def test_adapting_to_other_heads_or_from_a_rectangle_raises():
+    def table(*shape):
+        return {'attention': {'relative_bias': jnp.ones(shape)}}
+
+    with pytest.raises(ValueError, match='attention/relative_bias has 2 heads, the model has 3'):
+        adapt_relative_bias(table(9, 2), table(25, 3))
+    with pytest.raises(ValueError, match='15 rows, which is no square'):
+        adapt_relative_bias(table(15, 2), table(25, 2))
+
+
+def test_remat_changes_neither_values_nor_gradients(images, variables):
+    def gradient(model):
+        def loss(params):
+            all_variables = {**variables, 'params': params}
+            y, _ = model.apply(all_variables, images, train=True, mutable=['batch_stats'])
+            return (y * jnp.arange(16)).sum()
+
+        return jax.jit(jax.grad(loss))(variables['params'])
+
+    plain, remat = gradient(CoAtNet(TINY)), gradient(CoAtNet(TINY, remat=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), plain, remat)
+
+
+def test_bfloat16_keeps_float32_parameters_and_is_near(images, variables):
+    model = CoAtNet(TINY, dtype='bfloat16')
+    made = jax.eval_shape(lambda x: model.init(jax.random.key(1), x, train=False), images)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(made)} == {'float32'}
+    exact, near = (m.apply(variables, images, train=False) for m in (CoAtNet(TINY), model))
+    assert near.dtype == jnp.float32
+    assert 0 < jnp.abs(exact - near).max() < 0.15
+
+
+def test_drop_path_drops_whole_images_and_scales_the_rest():
+    x = jnp.ones((512, 2, 2, 3))
+    module, rngs = DropPath(0.25), {'dropout': jax.random.key(0)}
+    y = np.asarray(module.apply({}, x, True, rngs=rngs)).reshape(512, -1)
+    assert set(np.round(np.unique(y), 4)) == {0, np.float32(1.3333)}
+    assert (y == y[:, :1]).all()
+    assert abs((y[:, 0] == 0).mean() - 0.25) < 0.07
+    np.testing.assert_array_equal(module.apply({}, x, False), x)
+
+
+def test_drop_path_grows_linearly_over_the_blocks():
+    rates = {}
+
+    def note(next_function, args, kwargs, context):
+        if isinstance(context.module, DropPath):
+            rates[context.module.path[0]] = context.module.rate
+        return next_function(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        shapes(create_backbone('coatnet_0', drop_path=0.11), 32)
+    np.testing.assert_allclose(list(rates.values()), np.arange(12) * 0.01, atol=1e-9)
+
+
+def test_unknown_backbones_and_options_raise_with_near_names():
+    with pytest.raises(ValueError, match="'coatnet_mirco'; near: coatnet_micro"):
+        create_backbone('coatnet_mirco')
+    with pytest.raises(ValueError, match="no option 'rematt'; it has: remat"):
+        create_backbone('coatnet_0', rematt=True)

@@ -1,0 +1,147 @@
+"""Losses against optax, NumPy loops and values worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from coatnet_jax import losses
+
+YEARS = np.arange(117)
+
+
+def _z(rows=12, dim=7, seed=0):
+    return np.random.default_rng(seed).normal(size=(rows, dim)).astype(np.float32) * 3
+
+
+def _nt_xent_loop(z, temperature, decoupled):
+    z = z.astype(np.float64) / np.linalg.norm(z, axis=1, keepdims=True)
+    rows, total = len(z), 0.0
+    for i in range(rows):
+        j = (i + rows // 2) % rows
+        others = [k for k in range(rows) if k != i and not (decoupled and k == j)]
+        total -= z[i] @ z[j] / temperature
+        total += np.log(sum(np.exp(z[i] @ z[k] / temperature) for k in others))
+    return total / rows
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_nt_xent_matches_optax(temperature):
+    z = _z()
+    labels = jnp.tile(jnp.arange(6), 2)  # optax wants the same label on the rows of a pair
+    ours, gradient = jax.value_and_grad(
+        lambda z: losses.nt_xent(z, temperature=temperature)[0]
+    )(z)
+    theirs, their_gradient = jax.value_and_grad(optax.losses.ntxent)(z, labels, temperature)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    np.testing.assert_allclose(gradient, their_gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_nt_xent_matches_a_loop(decoupled):
+    loss, _ = losses.nt_xent(_z(), temperature=0.2, decoupled=decoupled)
+    np.testing.assert_allclose(loss, _nt_xent_loop(_z(), 0.2, decoupled), rtol=1e-5)
+
+
+def test_decoupled_loss_has_finite_gradients():
+    loss = lambda z: losses.nt_xent(z, temperature=0.2, decoupled=True)[0]  # noqa: E731
+    assert np.isfinite(jax.grad(loss)(_z())).all()
+    assert np.isfinite(jax.grad(loss)(jnp.zeros((4, 3)))).all()
+
+
+def test_contrastive_top1_counts_rows_that_find_their_other_view():
+    z = np.eye(4, dtype=np.float32)
+    views = np.concatenate([z, z + 0.01])
+    assert losses.nt_xent(views, temperature=0.2)[1]["contrastive_top1"] == 1
+    views[[4, 5]] = views[[5, 4]]  # two images swapped: four of the eight rows are wrong
+    assert losses.nt_xent(views, temperature=0.2)[1]["contrastive_top1"] == 0.5
+
+
+def test_nt_xent_is_float32_inside_for_bfloat16_input():
+    z = jnp.asarray(_z(), jnp.bfloat16)
+    loss, _ = losses.nt_xent(z, temperature=0.05)
+    assert loss.dtype == jnp.float32
+    expected = _nt_xent_loop(np.asarray(z, np.float32), 0.05, False)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_nt_xent_never_holds_an_array_of_all_pairs_by_width():
+    rows, dim = 16, 32
+    jaxpr = jax.make_jaxpr(jax.grad(lambda z: losses.nt_xent(z, temperature=0.2)[0]))(
+        jnp.zeros((rows, dim))
+    )
+    sizes = [np.prod(v.aval.shape, dtype=int) for e in jaxpr.jaxpr.eqns for v in e.outvars]
+    assert max(sizes) <= max(rows * rows, rows * dim)
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_nt_xent_refuses_odd_and_tiny_batches(rows):
+    with pytest.raises(ValueError, match=f"{rows} rows"):
+        losses.nt_xent(_z(rows), temperature=0.2)
+
+
+def test_age_distribution_is_the_normalised_gaussian():
+    age = np.array([0, 1, 30, 116], np.int32)
+    expected = np.exp(-((YEARS - age[:, None]) ** 2) / (2 * 2.5**2))
+    expected /= expected.sum(-1, keepdims=True)
+    np.testing.assert_allclose(losses.age_distribution(age, sigma=2.5), expected, atol=1e-6)
+    np.testing.assert_array_equal(losses.age_distribution(age, sigma=0), np.eye(117)[age])
+    with pytest.raises(ValueError, match="-1"):
+        losses.age_distribution(age, sigma=-1)
+
+
+def _logits_and_target():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(5, 117)).astype(np.float32) * 2
+    target = 0.3 * np.eye(117)[[3, 20, 40, 60, 80]] + 0.7 * np.eye(117)[[9, 8, 7, 6, 5]]
+    p = np.exp(logits.astype(np.float64))
+    return logits, target.astype(np.float32), p / p.sum(-1, keepdims=True)
+
+
+def test_cross_entropy_matches_numpy():
+    logits, target, p = _logits_and_target()
+    np.testing.assert_allclose(
+        losses.cross_entropy(logits, target), -(target * np.log(p)).sum(-1), rtol=1e-5
+    )
+
+
+def test_kl_l1_matches_numpy():
+    logits, target, p = _logits_and_target()
+    kl = np.where(target > 0, target * np.log(np.where(target > 0, target, 1) / p), 0).sum(-1)
+    l1 = np.abs((p * YEARS).sum(-1) - (target * YEARS).sum(-1))
+    np.testing.assert_allclose(losses.kl_l1(logits, target), kl + l1, rtol=1e-5)
+
+
+def test_kl_l1_is_zero_at_the_target_with_finite_gradients():
+    target = losses.age_distribution(np.array([5, 50]), sigma=2.0)
+    assert np.abs(losses.kl_l1(jnp.log(target + 1e-12), target)).max() < 1e-3
+    one_hot = losses.age_distribution(np.array([5, 50]), sigma=0)
+    gradient = jax.grad(lambda x: losses.kl_l1(x, one_hot).sum())(jnp.zeros((2, 117)))
+    assert np.isfinite(gradient).all()
+
+
+def test_mean_variance_matches_the_papers_terms():
+    logits, target, p = _logits_and_target()
+    mean, true = (p * YEARS).sum(-1), (target * YEARS).sum(-1)
+    variance = (p * YEARS**2).sum(-1) - mean**2
+    expected = -(target * np.log(p)).sum(-1) + 0.2 * (mean - true) ** 2 / 2 + 0.05 * variance
+    np.testing.assert_allclose(losses.mean_variance(logits, target), expected, rtol=1e-4)
+
+
+def test_masked_cross_entropy_skips_unknown_labels():
+    logits = _z(4, 5)
+    labels = np.array([2, -1, 0, -1], np.int32)
+    expected = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    loss = losses.masked_cross_entropy(logits, labels)
+    np.testing.assert_allclose(loss, np.where(labels < 0, 0, expected), rtol=1e-5)
+    gradient = jax.grad(lambda x: losses.masked_cross_entropy(x, labels).sum())(logits)
+    assert not np.any(gradient[labels < 0]) and np.any(gradient[labels >= 0])
+
+
+def test_unknown_age_loss_is_answered_with_the_nearest_name():
+    assert losses.get_age_loss("kl_l1") is losses.kl_l1
+    with pytest.raises(ValueError, match="did you mean mean_variance"):
+        losses.get_age_loss("mean_varience")
+    with pytest.raises(ValueError, match="choose from cross_entropy, kl_l1, mean_variance"):
+        losses.get_age_loss("zzz")

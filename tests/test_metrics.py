@@ -1,0 +1,75 @@
+"""Metrics against NumPy over whole splits, loops, and values worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coatnet_jax import metrics
+
+
+def test_merged_batches_equal_the_mean_over_the_unpadded_whole():
+    values = np.arange(10, dtype=np.float32) ** 2
+    padded = np.concatenate([values, [np.nan, np.inf]]).reshape(3, 4)  # two rows of padding
+    weight = np.concatenate([np.ones(10), np.zeros(2)]).astype(np.float32).reshape(3, 4)
+    batch = jax.jit(lambda v, w: {"loss": metrics.weighted(v, w)})
+    total = batch(padded[0], weight[0])
+    for v, w in zip(padded[1:], weight[1:], strict=True):
+        total = metrics.merge(total, batch(v, w))
+    result = metrics.compute(total)
+    assert result == {"loss": pytest.approx(values.mean())}
+    assert isinstance(result["loss"], float)
+
+
+def test_weights_between_0_and_1_count_in_part():
+    pair = metrics.weighted(jnp.array([1.0, 4.0]), jnp.array([1.0, 0.5]))
+    assert metrics.compute({"x": pair})["x"] == pytest.approx(3 / 1.5)
+
+
+def test_a_metric_of_no_weight_is_nan():
+    pair = metrics.weighted(jnp.ones(3), jnp.zeros(3))
+    assert np.isnan(metrics.compute({"none": pair})["none"])
+
+
+def test_mae_and_cumulative_score_by_hand():
+    true, predicted = np.array([10, 20, 30, 40]), np.array([10.0, 25.0, 24.5, 41.0])
+    assert metrics.mae(true, predicted) == pytest.approx((0 + 5 + 5.5 + 1) / 4)
+    assert metrics.cumulative_score(predicted - true) == 0.75  # 5 years off is within 5
+    assert metrics.cumulative_score(predicted - true, within=0) == 0.25
+
+
+def test_mae_refuses_shapes_that_would_broadcast():
+    with pytest.raises(ValueError, match=r"\(4,\).*\(4, 1\)"):
+        metrics.mae(np.zeros(4), np.zeros((4, 1)))
+
+
+def test_class_scores_leave_unknown_labels_out():
+    true = np.array([0, 0, 0, 0, 1, 1, 3, -1, -1])
+    predicted = np.array([0, 0, 0, 1, 1, 3, 2, 0, 3])
+    assert metrics.accuracy(true, predicted) == pytest.approx(4 / 7)
+    assert metrics.balanced_accuracy(true, predicted) == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
+    expected = [[3, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
+    np.testing.assert_array_equal(metrics.confusion_matrix(true, predicted, 4), expected)
+    assert np.isnan(metrics.accuracy(np.array([-1]), np.array([0])))
+    assert np.isnan(metrics.balanced_accuracy(np.array([-1]), np.array([0])))
+    with pytest.raises(ValueError, match="0..2"):
+        metrics.confusion_matrix(true, predicted, 3)
+    with pytest.raises(ValueError, match="-1..0"):
+        metrics.confusion_matrix(np.array([0, 0]), np.array([0, -1]), 2)
+
+
+def test_knn_mae_matches_a_loop_across_chunks():
+    rng = np.random.default_rng(0)
+    bank, queries = rng.normal(size=(700, 6)), rng.normal(size=(1100, 6))  # more than one chunk
+    bank *= rng.uniform(0.1, 10, size=(700, 1))  # length must not count, only direction
+    ages, age = rng.integers(0, 100, 700), rng.integers(0, 100, 1100)
+    expected, directions = [], bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    for query, true in zip(queries, age, strict=True):
+        nearest = np.argsort(directions @ query)[-20:]
+        expected.append(abs(np.mean(ages[nearest]) - true))
+    assert metrics.knn_mae(bank, ages, queries, age, k=20) == pytest.approx(np.mean(expected))
+
+
+def test_knn_refuses_more_neighbours_than_rows():
+    with pytest.raises(ValueError, match="k=20.*3 training rows"):
+        metrics.knn_mae(np.eye(3), np.arange(3), np.eye(3), np.arange(3))
