@@ -1,0 +1,220 @@
+"""Checkpoints of a run, and loading one run's weights into another model. The only orbax import.
+
+A checkpoint holds four items: `variables` (parameters and BatchNorm statistics), `ema_params` where
+a moving average is kept, `training` (step, optimizer state, key) and `iterator` (the place in the
+data). Evaluation reads the first two and never needs the optimizer to be known.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.tree_util import keystr
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from coatnet_jax.coatnet import adapt_relative_bias
+from coatnet_jax.train_state import TrainState
+
+FOLDER = "checkpoints"
+# Stands for "not evaluated" in checkpoints that are saved between two evaluations.
+NO_METRIC = 1e9
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest and the one with the lowest validation `metric`."""
+
+    def __init__(self, workdir: Path, *, metric: str):
+        self.metric = metric
+        policy = AnyPreservationPolicy(
+            [LatestN(1), BestN(get_metric_fn=lambda m: m[metric], reverse=True, n=1)]
+        )
+        self.manager = _manager(
+            workdir,
+            preservation_policy=policy,
+            best_fn=lambda m: m[metric],
+            best_mode="min",
+            create=True,
+        )
+
+    def save(
+        self, state: TrainState, iterator_state: dict, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Save everything under the state's step; `metrics` are those of an evaluation at it."""
+        items = {
+            "variables": {"params": state.params, "batch_stats": state.batch_stats},
+            "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
+        }
+        if state.ema_params is not None:
+            items["ema_params"] = state.ema_params
+        saved = {key: ocp.args.StandardSave(value) for key, value in items.items()}
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(iterator=ocp.args.JsonSave(iterator_state), **saved),
+            metrics={self.metric: float((metrics or {}).get(self.metric, NO_METRIC))},
+        )
+
+    def restore_latest(self, state: TrainState) -> tuple[TrainState, dict] | None:
+        """The newest (state, iterator state) in the shape and sharding of `state`, or None.
+
+        Raises ValueError where the checkpoint was made by another model or optimizer.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        like = {
+            "variables": {"params": state.params, "batch_stats": state.batch_stats},
+            "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
+        }
+        if state.ema_params is not None:
+            like["ema_params"] = state.ema_params
+        folder = self.manager.directory / str(step)
+        saved = _shapes(self.manager, step, "variables")
+        _check_same(saved, like["variables"], saved_name=str(folder), model_name="this config")
+        args = {
+            key: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, value))
+            for key, value in like.items()
+        }
+        try:
+            restored = self.manager.restore(
+                step, args=ocp.args.Composite(iterator=ocp.args.JsonRestore(), **args)
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{folder} does not fit this config's optimizer or moving average "
+                f"({_first_line(error)}); use the config it was started with, or a new --workdir"
+            ) from None
+        variables, training = restored["variables"], restored["training"]
+        state = state.replace(
+            **variables, **training, ema_params=restored.get("ema_params", state.ema_params)
+        )
+        return state, restored["iterator"]
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def load_variables(run_dir: Path, *, which: str = "best") -> tuple[dict[str, Any], int]:
+    """({'params', 'batch_stats'} as NumPy arrays, step) of a run: 'best', 'latest' or a step.
+
+    The moving average is taken where there is one. Raises FileNotFoundError where the run has no
+    checkpoint, ValueError for an unknown `which`.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / FOLDER).is_dir():
+        what = f"it has no folder {FOLDER}" if run_dir.is_dir() else "there is no such folder"
+        raise FileNotFoundError(
+            f"no checkpoint in {run_dir}: {what}; give the --workdir of a pretrain or finetune run"
+        )
+    manager = _manager(run_dir)
+    steps = manager.all_steps()
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {run_dir / FOLDER}: the run saved none yet")
+    if which == "best":
+        step = _best_step(manager)
+    elif which == "latest":
+        step = manager.latest_step()
+    elif which.isdigit() and int(which) in steps:
+        step = int(which)
+    else:
+        raise ValueError(
+            f"no checkpoint {which!r} in {run_dir}: choose best, latest or one of {steps}"
+        )
+    try:
+        variables = _restore_numpy(manager, step, "variables")
+        if (Path(manager.directory) / str(step) / "ema_params").is_dir():
+            variables["params"] = _restore_numpy(manager, step, "ema_params")
+    except Exception as error:  # orbax raises many kinds for damaged files
+        raise ValueError(
+            f"the checkpoint {manager.directory / str(step)} cannot be read "
+            f"({_first_line(error)}); it is damaged or not one of ours"
+        ) from None
+    manager.close()
+    return variables, step
+
+
+def load_backbone(run_dir: Path, variables: dict[str, Any]) -> dict[str, Any]:
+    """`variables` with the backbone's parameters and statistics taken from another run.
+
+    Strict: every name and shape must agree, but for relative position tables, which are
+    interpolated to another image size. Raises ValueError naming both sides where they differ.
+    """
+    loaded, step = load_variables(run_dir)
+    merged = {}
+    for kind in ("params", "batch_stats"):
+        if "backbone" not in loaded[kind]:
+            raise ValueError(f"{run_dir} (step {step}) has no backbone in its {kind}")
+        source = adapt_relative_bias(loaded[kind]["backbone"], variables[kind]["backbone"])
+        _check_same(
+            source, variables[kind]["backbone"], saved_name=str(run_dir), model_name="this model"
+        )
+        merged[kind] = {**variables[kind], "backbone": source}
+    return merged
+
+
+def remove(workdir: Path) -> None:
+    """Delete a run's checkpoints."""
+    shutil.rmtree(workdir / FOLDER, ignore_errors=True)
+
+
+def _manager(workdir: Path, **options) -> ocp.CheckpointManager:
+    folder = (Path(workdir) / FOLDER).resolve()
+    options = ocp.CheckpointManagerOptions(
+        enable_async_checkpointing=False, create=options.pop("create", False), **options
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _best_step(manager: ocp.CheckpointManager) -> int:
+    """The step with the lowest metric; the newest where none was evaluated."""
+
+    def metric(step: int) -> float:
+        return min(dict(manager.metrics(step) or {"none": NO_METRIC}).values())
+
+    return min(sorted(manager.all_steps(), reverse=True), key=metric)
+
+
+def _restore_numpy(manager: ocp.CheckpointManager, step: int, item: str) -> Any:
+    """One item as NumPy arrays, whatever devices it was saved from."""
+    folder = Path(manager.directory) / str(step) / item
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def _shapes(manager: ocp.CheckpointManager, step: int, item: str) -> Any:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        folder = Path(manager.directory) / str(step) / item
+        return checkpointer.metadata(folder).item_metadata.tree
+
+
+def _check_same(saved, model, *, saved_name: str, model_name: str) -> None:
+    """Raise ValueError that lists up to four differences in names and shapes, with both sides."""
+    there, here = (
+        {keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+        for leaves in (jax.tree.leaves_with_path(saved), jax.tree.leaves_with_path(model))
+    )
+    differing = [
+        f"{name}: {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise ValueError(
+            f"the checkpoint {saved_name} does not fit {model_name}: "
+            f"{'; '.join(differing[:4])}{more}; use the config.model it was trained with"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,115 @@
+"""Configs by name or path, with ml_collections flags on top; saved as JSON beside every result."""
+
+import difflib
+import importlib.util
+import json
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from coatnet_jax.paths import configs_folder
+
+
+def load_config(spec: str) -> ml_collections.ConfigDict:
+    """Config from `name[:words]` (a shipped config) or `path.py[:words]`.
+
+    Raises FileNotFoundError where there is no such config, ValueError where its words are unknown.
+    """
+    name, _, words = spec.partition(":")
+    path = Path(name)
+    if path.suffix != ".py":
+        path = configs_folder() / f"{name}.py"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in configs_folder().glob("[a-z]*.py")))
+        raise FileNotFoundError(
+            f"no config {spec!r}: give a path to a .py file or one of the shipped ones: {shipped}"
+        )
+    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no get_config function, so it is not a config")
+    return module.get_config(words) if words else module.get_config()
+
+
+def parse_training_flags(
+    argv: list[str], *, default: str
+) -> tuple[ml_collections.ConfigDict, Path]:
+    """(config, workdir) from `--config=… --config.key=value … --workdir=…`.
+
+    Raises ValueError in one line for an unknown flag or key (with near names), a value of the wrong
+    type, or a missing workdir.
+    """
+    argv = _join_values(argv)
+    given = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
+    config = load_config(given[-1] if given else default)
+    rest = [arg for arg in argv if not arg.startswith("--config=")]
+    for arg in rest:
+        name = arg.split("=", 1)[0].removeprefix("--")
+        if name.startswith("config.") and name.partition("[")[0][7:] not in flat_keys(config):
+            raise ValueError(_unknown_flag(name, config))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", *rest])
+    flags.DEFINE_string("workdir", None, "Folder for checkpoints and results.", flag_values=values)
+    try:
+        extra = values(["coatnet-jax", *rest])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(_unknown_flag(error.flagname, config)) from None
+    except (flags.Error, ValueError, TypeError) as error:
+        raise ValueError(f"bad flag: {' '.join(str(error).split())}") from None
+    if extra:
+        raise ValueError(
+            f"unexpected argument {extra[0]!r}; flags look like --config.optim.lr=0.001"
+        )
+    if not values.workdir:
+        raise ValueError("--workdir=FOLDER is missing: the folder for checkpoints and results")
+    return values.config, Path(values.workdir)
+
+
+def _join_values(argv: list[str]) -> list[str]:
+    """`--flag value` as `--flag=value`, so that one form has to be understood below."""
+    joined: list[str] = []
+    for arg in argv:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and arg[:2] != "--":
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    return joined
+
+
+def _unknown_flag(name: str, config: ml_collections.ConfigDict) -> str:
+    known = ["config", "workdir", *(f"config.{key}" for key in flat_keys(config))]
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean --{', --'.join(near)}?" if near else f"known: --{', --'.join(known)}"
+    return f"unknown flag --{name}; {hint}"
+
+
+def flat_keys(config: ml_collections.ConfigDict) -> list[str]:
+    """Dotted names of all leaves."""
+    keys = []
+    for key, value in config.items():
+        nested = isinstance(value, ml_collections.ConfigDict)
+        keys += [f"{key}.{inner}" for inner in flat_keys(value)] if nested else [key]
+    return keys
+
+
+def save_config(config: ml_collections.ConfigDict, path: Path) -> None:
+    """Write the resolved config as JSON."""
+    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def read_config(path: Path) -> ml_collections.ConfigDict:
+    """Config written by `save_config`; lists come back as tuples, as configs write them."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: {path.parent} is not the folder of a training run"
+        )
+    return ml_collections.ConfigDict(_tuples(json.loads(path.read_text())))
+
+
+def _tuples(value):
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value

@@ -1,0 +1,79 @@
+"""The whole path in one command, from pictures to a report."""
+
+import time
+from pathlib import Path
+
+from coatnet_jax import embed, evaluate, finetune, predict, pretrain, report
+from coatnet_jax.config import load_config
+from coatnet_jax.logs import duration
+from coatnet_jax.paths import data_folder, home
+from input_pipeline.pipeline import open_split
+from input_pipeline.prepare import prepare
+from input_pipeline.synthetic_faces import write_drawn_faces
+
+DRAWN, TINY_DRAWN = 2400, 400  # faces
+
+
+def run(data: list[str] | None, workdir: Path, *, root: str = "", tiny: bool = False) -> Path:
+    """Path of the HTML report, after running every stage into `workdir` (finished ones are kept).
+
+    `data` is a UTKFace archive or folder; None draws faces. Raises as the stages do.
+    """
+    started = time.monotonic()
+    name = "utkface" if data else "drawn-tiny" if tiny else "drawn"
+    words = ("micro,cpu" if data else "atto,drawn") + (",tiny" if tiny else "")
+    folder = data_folder(name, root)
+    if data is None:
+        count = TINY_DRAWN if tiny else DRAWN
+        _say(f"1/7 drawing {count} faces (drawn faces are for trying the software)")
+        source = (Path(root) if root else home()) / "drawn-pictures" / str(count)
+        data = [str(write_drawn_faces(source, count=count, progress=print))]
+    _say("2/7 preparing the data")
+    prepare(data, folder.parent, name=name)
+
+    _say("3/7 pre-training (SimCLR)")
+    config = _config(f"pretrain:{words}", name, root)
+    _finish(pretrain.run(config, workdir / "pretrain"))
+    _say("4/7 looking at the latent space (t-SNE)")
+    embed.run(workdir / "pretrain", folder, max_points=200 if tiny else 2000)
+    _say("5/7 fine-tuning for age")
+    config = _config(f"finetune:{words}", name, root)
+    config.init_from = str(workdir / "pretrain")
+    _finish(finetune.run(config, workdir / "finetune"))
+    _say("6/7 evaluating on the test split")
+    evaluate.run(workdir / "finetune", folder)
+    _say("7/7 ages for single pictures")
+    samples = _write_samples(folder, workdir / "samples")
+    predict.run(workdir / "finetune", [str(samples)], out=workdir / "predictions")
+    page = report.run_report(workdir)
+    _say(f"done in {duration(time.monotonic() - started)}: open {page}")
+    return page
+
+
+def _config(spec: str, name: str, root: str):
+    config = load_config(spec)
+    config.data.name, config.data.root = name, root
+    return config
+
+
+def _finish(finished: bool) -> None:
+    if not finished:
+        raise KeyboardInterrupt
+
+
+def _write_samples(folder: Path, out: Path, count: int = 12) -> Path:
+    """A few test pictures as files, named by their true age, to predict as one's own photos."""
+    faces = open_split(folder, "test")
+    order = sorted(range(len(faces)), key=lambda i: int(faces.labels["age"][i]))
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.jpg"):
+        old.unlink()
+    for k in range(min(count, len(faces))):
+        row = order[k * (len(faces) - 1) // max(1, count - 1)]
+        name = f"true_age_{int(faces.labels['age'][row]):03d}_{k:02d}.jpg"
+        (out / name).write_bytes(faces[row]["image"])
+    return out
+
+
+def _say(text: str) -> None:
+    print(f"\n=== {text}", flush=True)

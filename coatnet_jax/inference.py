@@ -1,0 +1,195 @@
+"""A trained run as functions of pictures: features, age probabilities, whole splits in batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from coatnet_jax.augment import eval_view
+from coatnet_jax.checkpoint import load_variables
+from coatnet_jax.config import read_config
+from coatnet_jax.heads import AgeModel, ProjectionHead, SimCLRModel
+from coatnet_jax.models import create_backbone
+from coatnet_jax.optim import first_trained_stage
+from coatnet_jax.sharding import make_mesh, replicate, shard_batch
+from coatnet_jax.train_state import init_variables
+from input_pipeline.pipeline import Faces, eval_loader
+
+
+def build_model(config: ml_collections.ConfigDict) -> nn.Module:
+    """The model of a run's config: SimCLRModel for pre-training, AgeModel for fine-tuning."""
+    options = {"drop_path": config.model.drop_path, "dtype": config.model.dtype}
+    if config.stage == "pretrain":
+        projection = ProjectionHead(**config.projection.to_dict())
+        return SimCLRModel(create_backbone(config.model.name, **options), projection)
+    frozen_below = first_trained_stage(config.optim.train_from)
+    return AgeModel(create_backbone(config.model.name, frozen_below=frozen_below, **options))
+
+
+@partial(jax.jit, static_argnames=("model", "image_size"))
+def features_step(
+    variables: Any, images: UInt8[Array, "b h w 3"], *, model: nn.Module, image_size: int
+) -> Float[Array, "b d"]:
+    """The backbone's pooled features of whole images."""
+    return model.apply(variables, eval_view(images, size=image_size), train=False)["features"]
+
+
+@partial(jax.jit, static_argnames=("model", "image_size", "flip"))
+def probabilities_step(
+    variables: Any, images: UInt8[Array, "b h w 3"], *, model: AgeModel, image_size: int, flip: bool
+) -> Float[Array, "b 117"]:
+    """Probabilities of the ages 0-116; with `flip`, the mean over the image and its mirror."""
+    views = eval_view(images, size=image_size)
+    logits = model.apply(variables, views, train=False)["age"]
+    probabilities = jax.nn.softmax(logits)
+    if flip:
+        mirrored = model.apply(variables, views[:, :, ::-1], train=False)["age"]
+        probabilities = (probabilities + jax.nn.softmax(mirrored)) / 2
+    return probabilities
+
+
+def apply_in_batches(
+    step: Callable, variables: Any, images: np.ndarray, *, batch_size: int, mesh: Mesh
+) -> np.ndarray:
+    """`step(variables, images)` over any number of images [n,H,W,3], as one NumPy array [n, …].
+
+    Every call has the same shape: the last batch is padded, so the step compiles once.
+    """
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    outputs = []
+    for start in range(0, len(images), batch_size):
+        chunk = images[start : start + batch_size]
+        padded = np.zeros((batch_size, *images.shape[1:]), images.dtype)
+        padded[: len(chunk)] = chunk
+        out = step(variables, shard_batch({"image": padded}, mesh)["image"])
+        outputs.append(np.asarray(out)[: len(chunk)])
+    return np.concatenate(outputs)
+
+
+def predict_split(
+    run: "Run", faces: Faces, fn: Callable, batch_size: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(`fn(images)` of every face in order [n, …], the faces' age, gender, race and index [n]).
+
+    `fn` is `run.features` or `run.probabilities`; it sees batches of one shape.
+    """
+    outputs, labels = [], []
+    for batch in eval_loader(faces, batch_size=batch_size, image_size=run.source_size):
+        real = batch["weight"] > 0
+        outputs.append(fn(batch["image"])[real])
+        labels.append({key: batch[key][real] for key in ("age", "gender", "race", "index")})
+    joined = {key: np.concatenate([part[key] for part in labels]) for key in labels[0]}
+    return np.concatenate(outputs), joined
+
+
+@partial(jax.jit, static_argnames=("model", "image_size"))
+def attributes_step(
+    variables: Any, images: UInt8[Array, "b h w 3"], *, model: AgeModel, image_size: int
+) -> Float[Array, "b 7"]:
+    """Probabilities of the two genders and the five races, side by side."""
+    out = model.apply(variables, eval_view(images, size=image_size), train=False)
+    return jnp.concatenate([jax.nn.softmax(out[key]) for key in ("gender", "race")], axis=-1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's model and weights; `run_dir` and `step` are None and 0 for untrained weights."""
+
+    config: ml_collections.ConfigDict
+    variables: Any
+    mesh: Mesh
+    run_dir: Path | None = None
+    step: int = 0
+    batch_size: int = 256
+
+    @property
+    def stage(self) -> str:
+        """'pretrain' or 'finetune'."""
+        return self.config.stage
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model sees."""
+        return self.config.model.image_size
+
+    @property
+    def source_size(self) -> int:
+        """Side in pixels of the images to hand to `features` and `probabilities`."""
+        return self.config.data.image_size
+
+    def features(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:
+        """Features of the backbone."""
+        return apply_in_batches(
+            self._features_step, self.variables, images, batch_size=self.batch_size, mesh=self.mesh
+        )
+
+    def probabilities(
+        self, images: UInt8[np.ndarray, "n h w 3"], *, flip: bool = True
+    ) -> Float[np.ndarray, "n 117"]:
+        """Probabilities of the ages 0-116. Raises ValueError for a pre-training run."""
+        return apply_in_batches(
+            self._probabilities_step(flip),
+            self.variables,
+            images,
+            batch_size=self.batch_size,
+            mesh=self.mesh,
+        )
+
+    @property
+    def has_attributes(self) -> bool:
+        """Whether gender and race heads were trained."""
+        return self.stage == "finetune" and self.config.loss.gender > 0 < self.config.loss.race
+
+    def attributes(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 7"]:
+        """Probabilities of the genders (two columns) and races (five) of UTKFace's labels."""
+        step = partial(attributes_step, model=build_model(self.config), image_size=self.image_size)
+        return apply_in_batches(
+            step, self.variables, images, batch_size=self.batch_size, mesh=self.mesh
+        )
+
+    @property
+    def _features_step(self) -> Callable:
+        return partial(features_step, model=build_model(self.config), image_size=self.image_size)
+
+    def _probabilities_step(self, flip: bool) -> Callable:
+        if self.stage != "finetune":
+            raise ValueError(
+                f"{self.run_dir} is a {self.stage} run, which has no age head; give the "
+                "folder of a finetune run"
+            )
+        return partial(
+            probabilities_step,
+            model=build_model(self.config),
+            image_size=self.image_size,
+            flip=flip,
+        )
+
+
+def load_run(run_dir: Path, *, which: str = "best", batch_size: int = 256) -> Run:
+    """A trained run: its 'best' or 'latest' checkpoint or that of a step.
+
+    Raises FileNotFoundError or ValueError in one line where the folder holds no such run.
+    """
+    run_dir = Path(run_dir)
+    variables, step = load_variables(run_dir, which=which)
+    config = read_config(run_dir / "config.json")
+    mesh = make_mesh()
+    return Run(config, replicate(variables, mesh), mesh, run_dir, step, batch_size)
+
+
+def random_run(config: ml_collections.ConfigDict, *, batch_size: int = 256) -> Run:
+    """The same model with untrained weights, to compare with."""
+    variables = init_variables(
+        jax.random.key(config.seed), build_model(config), image_size=config.model.image_size
+    )
+    mesh = make_mesh()
+    return Run(config, replicate(variables, mesh), mesh, batch_size=batch_size)

@@ -1,0 +1,131 @@
+"""What a run writes beside its checkpoints, and its progress lines."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from coatnet_jax.config import save_config
+
+PACKAGES = ("coatnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def write_run_info(
+    workdir: Path, config: ml_collections.ConfigDict, *, data_fingerprint: str, parameters: int
+) -> None:
+    """config.json (resolved) and run.json: versions, revision, data, device, command, start."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_config(config, workdir / "config.json")
+    info = {
+        "command": " ".join(sys.argv),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stage": config.stage,
+        "parameters": parameters,
+        "data_fingerprint": data_fingerprint,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
+        "machine": f"{platform.machine()} {platform.processor()}".strip(),
+    }
+    (workdir / "run.json").write_text(json.dumps(info, indent=2) + "\n")
+
+
+def update_run_info(workdir: Path, **values) -> None:
+    """Add or replace entries of run.json."""
+    path = workdir / "run.json"
+    info = json.loads(path.read_text()) | values
+    path.write_text(json.dumps(info, indent=2) + "\n")
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line with step, epoch, split and the metrics."""
+
+    def __init__(self, workdir: Path):
+        self.path = workdir / "metrics.jsonl"
+
+    def write(self, *, step: int, epoch: float, split: str, **metrics: float) -> None:
+        row = {"step": step, "epoch": round(epoch, 4), "split": split}
+        row |= {key: float(f"{value:.6g}") for key, value in metrics.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self, split: str) -> list[dict]:
+        """All rows of one split, oldest first."""
+        if not self.path.is_file():
+            return []
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [row for row in rows if row["split"] == split]
+
+    def keep_until(self, step: int) -> None:
+        """Drop rows after `step`, so that a resumed run's log equals that of one never stopped."""
+        if self.path.is_file():
+            lines = self.path.read_text().splitlines(keepends=True)
+            self.path.write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
+
+
+class Progress:
+    """Progress lines: step, epoch, images/s since the last line, time left, metrics."""
+
+    def __init__(
+        self, *, name: str, start: int, total: int, steps_per_epoch: float, batch_size: int
+    ):
+        self.name, self.total, self.batch_size = name, total, batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.step, self.time = start, time.perf_counter()
+        self.rate: float | None = None
+
+    def line(self, step: int, metrics: dict[str, float]) -> str:
+        """The line for `step`, which is later than the step of the last line."""
+        now = time.perf_counter()
+        rate = (step - self.step) / max(now - self.time, 1e-9)
+        # A moving average: one slow stretch (an evaluation, another process) is not the forecast.
+        self.rate = rate if self.rate is None else 0.7 * self.rate + 0.3 * rate
+        self.step, self.time = step, now
+        values = " ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+        return (
+            f"[{self.name}] step {step}/{self.total} epoch {step / self.steps_per_epoch:.2f} "
+            f"{rate * self.batch_size:.0f} images/s "
+            f"ETA {duration((self.total - step) / self.rate)} | {values}"
+        )
+
+    def pause(self) -> None:
+        """Leave what happened since the last line (an evaluation, a save) out of the next rate."""
+        self.time = time.perf_counter()
+
+
+def duration(seconds: float) -> str:
+    """`3:07` or `1:02:45`."""
+    seconds = math.ceil(seconds)
+    hours, minutes = seconds // 3600, seconds % 3600 // 60
+    return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_revision() -> str:
+    """Revision of the checkout this package runs from, '+' where it has changes; '' elsewhere."""
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", here, *args], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    if not (here / ".git").exists():
+        return ""
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")

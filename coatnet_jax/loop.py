@@ -1,0 +1,149 @@
+"""The one training loop: steps, progress, evaluation, checkpoints, exact resume, clean stops."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh
+
+from coatnet_jax.checkpoint import Checkpoints
+from coatnet_jax.logs import MetricsLog, Progress
+from coatnet_jax.sharding import shard_batch
+from coatnet_jax.train_state import TrainState
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen, in steps; `patience` counts evaluations (0: never stop early)."""
+
+    total_steps: int
+    steps_per_epoch: float
+    evaluate_every: int
+    log_every: int
+    batch_size: int
+    patience: int = 0
+    max_minutes: float = 0.0
+
+
+def train(
+    state: TrainState,
+    iterator: Iterator,
+    *,
+    name: str,
+    train_step: Callable,
+    evaluate: Callable[[TrainState], dict[str, float]],
+    mesh: Mesh,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+) -> tuple[TrainState, bool]:
+    """(state, finished) after training from the newest checkpoint, or from `state`, to the end.
+
+    `train_step(state, batch) -> (state, metrics)` donates the state; `evaluate(state)` returns
+    validation metrics, the checkpoints' metric among them. A checkpoint is saved after every
+    evaluation and when the run is stopped by max_minutes, SIGINT or SIGTERM: then finished is False
+    and the same call goes on from there, bit for bit. Raises ValueError where the loss is not
+    finite; the last checkpoint stays.
+    """
+    if restored := checkpoints.restore_latest(state):
+        state, iterator_state = restored
+        iterator.set_state(iterator_state)
+        print(f"[{name}] resuming from step {int(state.step)}", flush=True)
+    step = int(state.step)
+    log.keep_until(step)
+    if step >= schedule.total_steps or _out_of_patience(log, checkpoints.metric, schedule):
+        return state, True
+    progress = Progress(
+        name=name,
+        start=step,
+        total=schedule.total_steps,
+        steps_per_epoch=schedule.steps_per_epoch,
+        batch_size=schedule.batch_size,
+    )
+    started = time.monotonic()
+    pending = None  # metrics of the step before: fetched while the next one runs
+    with _StopSignals() as stop:
+        while step < schedule.total_steps:
+            batch = shard_batch(next(iterator), mesh)
+            state, metrics = train_step(state, batch)
+            if pending is not None:
+                _report(*pending, log=log, progress=progress, schedule=schedule)
+            step += 1
+            pending = (step, metrics)
+            overtime = 0 < schedule.max_minutes * 60 < time.monotonic() - started
+            evaluating = step % schedule.evaluate_every == 0 or step == schedule.total_steps
+            if not (evaluating or stop.requested or overtime):
+                continue
+            _report(*pending, log=log, progress=progress, schedule=schedule)
+            pending, scores = None, None
+            if evaluating:
+                scores = evaluate(state)
+                log.write(
+                    step=step, epoch=step / schedule.steps_per_epoch, split="validation", **scores
+                )
+                values = " ".join(f"{key} {value:.4g}" for key, value in scores.items())
+                print(f"[{name}] validation at step {step}: {values}", flush=True)
+            checkpoints.save(state, iterator.get_state(), scores)
+            progress.pause()
+            if _out_of_patience(log, checkpoints.metric, schedule):
+                print(f"[{name}] no better for {schedule.patience} evaluations: done", flush=True)
+                return state, True
+            if (stop.requested or overtime) and step < schedule.total_steps:
+                print(f"[{name}] stopped and saved at step {step}; the same command resumes")
+                return state, False
+    return state, True
+
+
+def _report(
+    step: int,
+    metrics: dict[str, jax.Array],
+    *,
+    log: MetricsLog,
+    progress: Progress,
+    schedule: Schedule,
+) -> None:
+    """Check a step's metrics; print and log them where it is its turn (and the first step's)."""
+    values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+    if not all(math.isfinite(value) for value in values.values()):
+        raise ValueError(
+            f"the loss is not finite at step {step} ({values}): lower --config.optim.lr or raise "
+            "--config.optim.warmup_epochs; the last checkpoint is kept"
+        )
+    if step % schedule.log_every == 0 or step == 1:
+        print(progress.line(step, values), flush=True)
+        log.write(step=step, epoch=step / schedule.steps_per_epoch, split="train", **values)
+
+
+def _out_of_patience(log: MetricsLog, metric: str, schedule: Schedule) -> bool:
+    """Whether the last `patience` evaluations brought nothing better; read from the log, so that
+    a resumed run stops where an uninterrupted one does."""
+    scores = [row[metric] for row in log.rows("validation")]
+    if not schedule.patience or len(scores) <= schedule.patience:
+        return False
+    return min(scores[-schedule.patience :]) >= min(scores[: -schedule.patience])
+
+
+class _StopSignals:
+    """Turns SIGINT and SIGTERM into a request that the loop sees after the running step."""
+
+    def __enter__(self) -> "_StopSignals":
+        self.requested = False
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._request)
+        return self
+
+    def _request(self, number: int, _) -> None:
+        if self.requested:  # asked twice: stop at once
+            raise KeyboardInterrupt
+        self.requested = True
+        print(f"\nstopping after this step ({signal.Signals(number).name}) …", flush=True)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

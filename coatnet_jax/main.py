@@ -1,0 +1,199 @@
+"""The command line: demo, prepare, pretrain, embed, finetune, evaluate, predict."""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+TRAINING = ("pretrain", "finetune")
+UNFINISHED = 3  # exit status of a training that was stopped and saved; the same command resumes
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 wrong input (one line says which), 3 stopped and saved."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        sys.exit(_run(argv))
+    except KeyboardInterrupt:
+        print("coatnet-jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("COATNET_JAX_TRACEBACK") or not _is_ours(error):
+            raise
+        print(f"coatnet-jax: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code raised it, as a message to the user, and not what it called."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(__file__).resolve().parent.parent
+    packages = [ours / "coatnet_jax", ours / "input_pipeline", ours / "configs"]
+    return any(Path(frame.filename).resolve().is_relative_to(p) for p in packages)
+
+
+def _run(argv: list[str]) -> int:
+    command = argv[0] if argv else ""
+    wants_help = any(arg in ("-h", "--help", "--helpfull") for arg in argv)
+    if command in TRAINING and not wants_help:
+        return _train(command, argv[1:])
+    arguments = _parser().parse_args(argv)
+    _prepare_process()
+    return arguments.run(arguments) or 0
+
+
+def _prepare_process() -> None:
+    """Settings of the process, before jax is imported and makes its first array."""
+    from absl import flags
+
+    from coatnet_jax.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl's flags
+    # XLA runs element-wise CPU code on one core a device: with a device for each core (a power of
+    # two of them, so that batches divide) a step uses all of them. Accelerators are not affected.
+    count = "--xla_force_host_platform_device_count"
+    if count not in os.environ.get("XLA_FLAGS", ""):
+        devices = 1 << min(3, (os.cpu_count() or 1).bit_length() - 1)
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}={devices}".strip()
+
+
+def _train(command: str, argv: list[str]) -> int:
+    from coatnet_jax.config import parse_training_flags
+
+    config, workdir = parse_training_flags(argv, default=command)
+    if config.get("stage") != command:
+        raise ValueError(
+            f"coatnet-jax {command} was given a config of the stage {config.get('stage')!r}; "
+            f"give one like --config={command}:micro"
+        )
+    _prepare_process()
+    if command == "pretrain":
+        from coatnet_jax.pretrain import run
+    else:
+        from coatnet_jax.finetune import run
+    return 0 if run(config, workdir) else UNFINISHED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coatnet-jax",
+        description="Age estimation from face photos: CoAtNet with SimCLR pre-training, in JAX.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    demo = add(
+        "demo", _demo, "run the whole path, on drawn faces or your UTKFace archive; one report"
+    )
+    demo.add_argument(
+        "--data", nargs="+", help="UTKFace zip, tar(s) or folder (default: drawn faces)"
+    )
+    demo.add_argument("--workdir", default="demo", help="folder for the results (default: demo)")
+    demo.add_argument(
+        "--root", default="", help="folder for built data (default: the user's cache)"
+    )
+    demo.add_argument("--tiny", action="store_true", help="a few steps only, to see that it runs")
+
+    prepare = add("prepare", _prepare, "build a data set from a downloaded archive or folder")
+    prepare.add_argument("source", nargs="+", help="UTKFace zip, tar(s) or folder")
+    prepare.add_argument("--name", default="utkface", help="name of the set (default: utkface)")
+    prepare.add_argument(
+        "--root", default="", help="folder for built data (default: the user's cache)"
+    )
+
+    for name, text in (
+        ("pretrain", "SimCLR pre-training: --config=pretrain:micro --workdir=FOLDER"),
+        (
+            "finetune",
+            "fine-tuning for age: --config=finetune:micro --config.init_from=RUN --workdir=…",
+        ),
+    ):
+        training = add(name, None, text)
+        training.add_argument("--config", help="a shipped config (pretrain:micro) or a path")
+        training.add_argument("--config.KEY", metavar="VALUE", help="set a value of the config")
+        training.add_argument("--workdir", help="folder for checkpoints and results")
+
+    embed = add("embed", _embed, "t-SNE and kNN of a run's latent space, beside an untrained one's")
+    evaluate = add("evaluate", _evaluate, "four-class accuracy and age error of a fine-tuned run")
+    for command, split in ((embed, "validation"), (evaluate, "test")):
+        command.add_argument("run_dir", help="workdir of a training run")
+        command.add_argument("--split", default=split, help=f"(default: {split})")
+        command.add_argument("--out", help="folder for the results (default: inside the run)")
+        command.add_argument("--name", help="another prepared data set than the run's own")
+        command.add_argument("--root", help="folder for built data (default: the run's)")
+    embed.add_argument("--max-points", type=int, default=2000, help="points of the t-SNE")
+    evaluate.add_argument("--which", default="best", help="checkpoint: best, latest or a step")
+    evaluate.add_argument(
+        "--no-flip", action="store_true", help="do not average with the mirror image"
+    )
+
+    predict = add("predict", _predict, "ages of face crops: a table, a CSV and annotated pictures")
+    predict.add_argument("run_dir", help="workdir of a fine-tuning run")
+    predict.add_argument("inputs", nargs="+", help="pictures or folders")
+    predict.add_argument("--out", help="folder for the results (default: predictions)")
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.demo import run
+
+    run(arguments.data, Path(arguments.workdir), root=arguments.root, tiny=arguments.tiny)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.paths import data_folder
+    from input_pipeline.prepare import prepare
+
+    folder = data_folder(arguments.name, arguments.root)
+    prepare(arguments.source, folder.parent, name=arguments.name)
+
+
+def _run_data(arguments: argparse.Namespace) -> Path:
+    """Folder of the data set to measure on: the run's own unless another is named."""
+    from coatnet_jax.config import read_config
+    from coatnet_jax.paths import data_folder
+
+    data = read_config(Path(arguments.run_dir) / "config.json").data
+    root = data.root if arguments.root is None else arguments.root
+    return data_folder(arguments.name or data.name, root)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.embed import run
+
+    run(
+        Path(arguments.run_dir),
+        _run_data(arguments),
+        split=arguments.split,
+        out=arguments.out,
+        max_points=arguments.max_points,
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.evaluate import run
+
+    run(
+        Path(arguments.run_dir),
+        _run_data(arguments),
+        split=arguments.split,
+        out=arguments.out,
+        flip=not arguments.no_flip,
+        which=arguments.which,
+    )
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.predict import run
+
+    run(Path(arguments.run_dir), arguments.inputs, out=arguments.out)
+
+
+if __name__ == "__main__":
+    main()

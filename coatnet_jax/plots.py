@@ -1,0 +1,628 @@
+"""Figures: one function each, drawn without a display and without global plotting state.
+
+Every function writes one PNG and returns its path. Colours for groups are from the set of Okabe and
+Ito (2008), which people with a colour vision deficiency can tell apart; continuous scales are
+viridis and a single-hue blue, which keep their order in greyscale.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import matplotlib.font_manager
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+
+from coatnet_jax.ages import CLASS_NAMES
+
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PINK, SKY, GREY = "#CC79A7", "#56B4E9", "#B4B8BD"
+INK, MUTED, GRID, PANEL = "#1F2430", "#667080", "#E3E6EA", "#F7F8FA"
+
+CLASS_COLOURS = (SKY, BLUE, ORANGE, RED)
+GENDER_NAMES, GENDER_COLOURS = ("male", "female"), (BLUE, ORANGE)
+RACE_NAMES = ("White", "Black", "Asian", "Indian", "Other")
+RACE_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY)
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": "#9AA2AD",
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.dpi": 130,
+}
+
+# The palest blue still differs from white, so a cell that holds one face is seen.
+BLUES = LinearSegmentedColormap.from_list("blues", ["#E6F0F8", "#7DB4DA", BLUE, "#043D66"])
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+    return path
+
+
+# --- embedding -----------------------------------------------------------------------------------
+
+
+def tsne_grid(
+    path: str | Path,
+    rows: Sequence[tuple[str, str, Float[np.ndarray, "n 2"]]],
+    *,
+    age: Int[np.ndarray, " n"],
+    age_class: Int[np.ndarray, " n"],
+    gender: Int[np.ndarray, " n"],
+    race: Int[np.ndarray, " n"],
+    title: str = "",
+) -> Path:
+    """Point clouds: a row for each `(name, note, xy)`, columns for age, class, gender and race.
+
+    Labels below zero are unknown and drawn in grey below the others. The order of drawing is
+    shuffled with a fixed seed, so that no group hides another by its number.
+    """
+    groups = (
+        ("age class", age_class, CLASS_NAMES, CLASS_COLOURS),
+        ("gender", gender, GENDER_NAMES, GENDER_COLOURS),
+        ("race", race, RACE_NAMES, RACE_COLOURS),
+    )
+    n = len(age)
+    order = np.random.default_rng(0).permutation(n)
+    size = float(np.clip(9000 / max(n, 1), 5, 40))
+    scale = ScalarMappable(Normalize(0, max(80, int(np.max(age, initial=0)))), "viridis")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(15.5, 3.7 * len(rows) + 1.1))
+        grid = figure.add_gridspec(
+            len(rows) + 1, 4, height_ratios=[1] * len(rows) + [0.17], wspace=0.06, hspace=0.06
+        )
+        for r, (name, note, xy) in enumerate(rows):
+            for c in range(4):
+                ax = figure.add_subplot(grid[r, c])
+                _bare(ax)
+                if r == 0:
+                    ax.set_title(("age in years", *(group[0] for group in groups))[c], pad=8)
+                if c == 0:
+                    ax.text(
+                        -0.11,
+                        0.5,
+                        name,
+                        transform=ax.transAxes,
+                        rotation=90,
+                        fontsize=12,
+                        fontweight="bold",
+                        ha="center",
+                        va="center",
+                    )
+                    ax.text(
+                        -0.045,
+                        0.5,
+                        note,
+                        transform=ax.transAxes,
+                        rotation=90,
+                        fontsize=10,
+                        color=MUTED,
+                        ha="center",
+                        va="center",
+                    )
+                    colours, known = scale.to_rgba(age), age >= 0
+                else:
+                    colours, known = _group_colours(groups[c - 1][1], groups[c - 1][3])
+                points = np.concatenate([order[~known[order]], order[known[order]]])
+                ax.scatter(
+                    xy[points, 0],
+                    xy[points, 1],
+                    s=size,
+                    c=colours[points],
+                    alpha=0.85,
+                    linewidths=0,
+                )
+        _age_bar(figure, figure.add_subplot(grid[-1, 0]), scale)
+        for c, (_, values, names, colours) in enumerate(groups, 1):
+            ax = figure.add_subplot(grid[-1, c])
+            ax.axis("off")
+            _group_legend(ax, values, names, colours)
+        if title:
+            figure.suptitle(title, x=0.125, y=0.965, ha="left", fontsize=14, fontweight="bold")
+        return _save(figure, path)
+
+
+def _bare(ax) -> None:
+    """t-SNE axes have no unit: leave the panel, take the numbers away."""
+    ax.set(xticks=[], yticks=[], facecolor=PANEL)
+    ax.margins(0.04)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _group_colours(values, colours) -> tuple[np.ndarray, np.ndarray]:
+    known = (values >= 0) & (values < len(colours))
+    table = np.array([matplotlib.colors.to_rgba(c) for c in (*colours, GREY)])
+    return table[np.where(known, values, len(colours))], known
+
+
+def _group_legend(ax, values, names, colours) -> None:
+    entries = list(zip(names, colours, strict=True))
+    if np.any((values < 0) | (values >= len(names))):
+        entries.append(("unknown", GREY))
+    handles = [
+        Line2D([], [], marker="o", linestyle="", markersize=6.5, color=colour, label=name)
+        for name, colour in entries
+    ]
+    ax.legend(
+        handles=handles,
+        loc="upper center",
+        ncols=len(handles) if len(handles) < 5 else 3,
+        fontsize=9.5,
+        handletextpad=0,
+        columnspacing=0.9,
+        borderaxespad=0.3,
+    )
+
+
+def _age_bar(figure, ax, scale) -> None:
+    ax.axis("off")
+    bar = figure.colorbar(
+        scale, cax=ax.inset_axes([0.06, 0.55, 0.88, 0.26]), orientation="horizontal"
+    )
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=10)
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+def confusion(
+    path: str | Path,
+    matrix: Int[np.ndarray, "k k"],
+    names: Sequence[str] = CLASS_NAMES,
+    *,
+    title: str = "Confusion of the age classes",
+) -> Path:
+    """Confusion matrix, rows the true class: shares of the row in colour, counts below them.
+
+    A row without faces shows '–'.
+    """
+    matrix = np.asarray(matrix)
+    support = matrix.sum(axis=1)
+    shares = np.divide(
+        matrix, support[:, None], out=np.zeros(matrix.shape), where=support[:, None] > 0
+    )
+    k = len(names)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.35 * k + 1.6, 1.2 * k + 1.4))
+        ax = figure.add_subplot()
+        ax.imshow(shares, cmap=BLUES, vmin=0, vmax=1, aspect="auto")
+        for i, j in np.ndindex(k, k):
+            colour = "white" if shares[i, j] > 0.45 else INK
+            if not support[i]:
+                ax.text(j, i, "–", ha="center", va="center", color=MUTED, fontsize=14)
+                continue
+            ax.text(
+                j,
+                i - 0.09,
+                f"{100 * shares[i, j]:.0f} %",
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=14,
+                fontweight="bold" if i == j else "normal",
+            )
+            ax.text(
+                j,
+                i + 0.2,
+                f"{matrix[i, j]:,}",
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=9.5,
+            )
+        ax.set_xticks(range(k), names, fontsize=11, color=INK)
+        ax.set_yticks(
+            range(k),
+            [f"{a}\nn = {n:,}" for a, n in zip(names, support, strict=True)],
+            fontsize=11,
+            color=INK,
+        )
+        ax.set_xticks(np.arange(k + 1) - 0.5, minor=True)
+        ax.set_yticks(np.arange(k + 1) - 0.5, minor=True)
+        ax.grid(which="minor", color="white", linewidth=2.5)
+        ax.tick_params(which="both", length=0)
+        ax.spines[:].set_visible(False)
+        ax.set(xlabel="predicted class", ylabel="true class")
+        ax.set_title(title, pad=10)
+        return _save(figure, path)
+
+
+def predicted_against_true(
+    path: str | Path,
+    age: Float[np.ndarray, " n"],
+    predicted: Float[np.ndarray, " n"],
+    *,
+    title: str = "Predicted against true age",
+    window: int = 2,
+) -> Path:
+    """Density of predicted over true age with the diagonal and the running median.
+
+    The running median and the band between the 10 % and 90 % quantiles take the faces within
+    `window` years of each true age, where at least five are found. Few faces are drawn as points.
+    """
+    age, predicted = np.asarray(age, float), np.asarray(predicted, float)
+    limit = 10 * math.ceil(max(90, age.max(initial=0), predicted.max(initial=0)) / 10)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.4, 6.2))
+        ax = figure.add_subplot()
+        if len(age) >= 400:
+            edges = np.arange(-1, limit + 2, 2)
+            *_, mesh = ax.hist2d(
+                age, predicted, bins=(edges, edges), cmap=BLUES, norm=LogNorm(1), cmin=1
+            )
+            bar = figure.colorbar(mesh, ax=ax, shrink=0.75, pad=0.02, aspect=28)
+            bar.set_label("faces in a cell of 2 × 2 years")
+            bar.outline.set_visible(False)
+            bar.ax.minorticks_off()
+            top = float(mesh.norm.vmax)
+            ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if t <= top]
+            bar.set_ticks(ticks, labels=[f"{t:,}" for t in ticks])
+        else:
+            ax.scatter(age, predicted, s=22, color=BLUE, alpha=0.55, linewidths=0)
+        ax.plot(
+            [0, limit], [0, limit], color=INK, linewidth=1, linestyle=(0, (5, 4)), label="no error"
+        )
+        years, low, middle, high = _running_quantiles(age, predicted, window)
+        if len(years):
+            ax.fill_between(
+                years, low, high, color=RED, alpha=0.12, linewidth=0, label="10–90 % of the faces"
+            )
+            ax.plot(years, middle, color=RED, linewidth=2.2, label="running median")
+        ax.set(
+            xlim=(-1, limit),
+            ylim=(-1, limit),
+            aspect="equal",
+            xlabel="true age in years",
+            ylabel="predicted age in years",
+        )
+        ax.grid(True, linewidth=0.7)
+        ax.legend(loc="upper left", fontsize=10)
+        ax.set_title(title, pad=10)
+        return _save(figure, path)
+
+
+def _running_quantiles(age, predicted, window):
+    """Years with at least five faces within `window`, and the 10, 50, 90 % quantiles there.
+
+    Where years are missing in between, a row of NaN breaks the line instead of bridging the gap.
+    """
+    rows = []
+    for year in np.unique(age):
+        near = predicted[np.abs(age - year) <= window]
+        if len(near) < 5:
+            continue
+        if rows and year - rows[-1][0] > 2 * window:
+            rows.append((year - window, np.nan, np.nan, np.nan))
+        rows.append((year, *np.quantile(near, [0.1, 0.5, 0.9])))
+    return np.array(rows, float).reshape(-1, 4).T
+
+
+def error_by_band(
+    path: str | Path,
+    bands: Sequence[Mapping],
+    *,
+    overall: float | None = None,
+    title: str = "Error by age",
+) -> Path:
+    """Bars of the mean absolute error in each age band (`band`, `support`, `mae`), with counts.
+
+    Bands without faces are left out; `overall` is drawn as a line across.
+    """
+    bands = [band for band in bands if band["support"]]
+    values = [band["mae"] for band in bands]
+    few = [band["support"] < 20 for band in bands]
+    top = max([*values, overall or 0, 1])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(0.78 * len(bands) + 1.2, 5), 3.8))
+        ax = figure.add_subplot()
+        ax.bar(
+            range(len(bands)),
+            values,
+            width=0.72,
+            color=["#A9CDE6" if pale else BLUE for pale in few],
+        )
+        for x, band in enumerate(bands):
+            ax.text(
+                x,
+                band["mae"] + 0.02 * top,
+                f"{band['mae']:.1f}",
+                ha="center",
+                va="bottom",
+                fontsize=10,
+                fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
+        if overall is not None:
+            ax.axhline(overall, color=RED, linewidth=1.4, linestyle=(0, (5, 3)))
+            ax.text(
+                1.01,
+                overall,
+                f"all {overall:.1f}",
+                color=RED,
+                va="center",
+                fontsize=10,
+                transform=ax.get_yaxis_transform(),
+            )
+        ax.set_xticks(
+            range(len(bands)), [f"{b['band']}\n{b['support']:,}" for b in bands], fontsize=9.5
+        )
+        ax.tick_params(length=0)
+        pale = "; pale: fewer than 20" if any(few) else ""
+        ax.set(
+            ylim=(0, 1.16 * top),
+            xlabel=f"true age in years, number of faces below{pale}",
+            ylabel="mean absolute error, years",
+        )
+        ax.grid(axis="y", linewidth=0.7)
+        ax.set_title(title, pad=10)
+        return _save(figure, path)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+# What is worth a panel, in this order; anything else follows by name.
+PANEL_TITLES = {
+    "loss": "loss",
+    "mae": "MAE in years",
+    "accuracy": "accuracy of the 4 classes",
+    "contrastive_top1": "other view found in the batch",
+    "knn_mae": "kNN MAE in years",
+    "probe_mae": "probe MAE in years",
+    "embedding_std": "spread of the embedding",
+    "rank_me": "RankMe",
+    "cs5": "within 5 years",
+    "lr": "learning rate",
+    "learning_rate": "learning rate",
+}
+NOT_CURVES = {"step", "epoch", "split", "time", "seconds", "images", "weight"}
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Rows of a metrics.jsonl; lines that are not JSON (a run cut while writing) are left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def training_curves(
+    path: str | Path,
+    metrics: str | Path | Sequence[Mapping],
+    *,
+    title: str = "",
+    most_panels: int = 6,
+) -> Path:
+    """Curves over the steps of every number in a metrics.jsonl (or its rows), by split.
+
+    A resumed run writes some steps twice: the later line counts. Raises ValueError when no line
+    holds a number.
+    """
+    rows = read_metrics(metrics) if isinstance(metrics, str | Path) else list(metrics)
+    curves = _curves(rows)
+    if not curves:
+        raise ValueError(
+            f"no numbers to draw in {metrics if isinstance(metrics, str | Path) else 'rows'}"
+        )
+    names = [n for n in PANEL_TITLES if n in curves]
+    names += sorted(n for n in curves if n not in PANEL_TITLES)
+    names = names[:most_panels]
+    columns = min(len(names), 3)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(
+            figsize=(max(4.6 * columns, 6), 3.3 * math.ceil(len(names) / columns)),
+            layout="constrained",
+        )
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        for place, name in enumerate(names, 1):
+            ax = figure.add_subplot(math.ceil(len(names) / columns), columns, place)
+            for split, (steps, values) in curves[name].items():
+                _curve(ax, split, steps, values, smooth=name not in ("lr", "learning_rate"))
+            ax.set_title(PANEL_TITLES.get(name, name.replace("_", " ")))
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            ax.set_xlabel("step")
+            ax.grid(True, linewidth=0.7)
+            ax.tick_params(length=0)
+            ax.legend(fontsize=9.5)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+        return _save(figure, path)
+
+
+def _curves(rows) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """{metric: {split: (steps, values)}}, each step once, in order."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name not in NOT_CURVES and not name.endswith("per_second") and number:
+                by_split = found.setdefault(name, {})
+                by_split.setdefault(str(row.get("split", "train")), {})[row["step"]] = value
+    return {
+        name: {
+            split: (np.array(sorted(points)), np.array([points[s] for s in sorted(points)], float))
+            for split, points in by_split.items()
+        }
+        for name, by_split in found.items()
+    }
+
+
+def _curve(ax, split, steps, values, *, smooth) -> None:
+    colour = {"train": BLUE, "validation": ORANGE, "test": GREEN}.get(split, PINK)
+    if len(steps) < 60 or not smooth:
+        marker = "o" if len(steps) < 25 else None
+        ax.plot(
+            steps, values, color=colour, linewidth=1.8, marker=marker, markersize=4, label=split
+        )
+        return
+    width = max(len(steps) // 30, 3)
+    kernel = np.ones(width) / width
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), "edge")
+    ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    ax.plot(
+        steps,
+        np.convolve(padded, kernel, "valid"),
+        color=colour,
+        linewidth=1.9,
+        label=f"{split}, mean of {width}",
+    )
+
+
+# --- predictions ---------------------------------------------------------------------------------
+
+
+def annotated(
+    image: UInt8[np.ndarray, "s s 3"],
+    *,
+    age: float,
+    low: float,
+    high: float,
+    probabilities: Sequence[float],
+    chosen: int,
+    caption: str = "",
+) -> UInt8[np.ndarray, "h s 3"]:
+    """The picture with a band below: age and interval in years, and the four class probabilities.
+
+    Sizes follow the picture's width; `chosen` is the class that is set in bold, `caption` (a file
+    name) is cut to one line below all.
+    """
+    side = image.shape[1]
+    unit = side / 256
+    rows = len(CLASS_NAMES)
+    top, line = round(38 * unit), round(19 * unit)
+    band = top + rows * line + round((26 if caption else 8) * unit)
+    sheet = Image.new("RGB", (side, image.shape[0] + band), "white")
+    sheet.paste(Image.fromarray(image), (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    left, y = 10 * unit, image.shape[0]
+    draw.text(
+        (left, y + 20 * unit),
+        f"{math.floor(age + 0.5)} years",
+        font=_font(20 * unit, True),
+        fill=INK,
+        anchor="lm",
+    )
+    draw.text(
+        (side - left, y + 21 * unit),
+        f"90 %: {low:.0f}–{high:.0f}",
+        font=_font(13 * unit),
+        fill=MUTED,
+        anchor="rm",
+    )
+    for row, (name, p) in enumerate(zip(CLASS_NAMES, probabilities, strict=True)):
+        middle = y + top + (row + 0.5) * line
+        _bar(
+            draw,
+            left,
+            side - left,
+            middle,
+            unit,
+            name=name,
+            p=float(p),
+            colour=CLASS_COLOURS[row],
+            bold=row == chosen,
+        )
+    if caption:
+        font = _font(11 * unit)
+        draw.text(
+            (left, y + band - 13 * unit),
+            _shortened(caption, font, side - 2 * left),
+            font=font,
+            fill=MUTED,
+            anchor="lm",
+        )
+    return np.asarray(sheet)
+
+
+def _bar(draw, left, right, middle, unit, *, name, p, colour, bold) -> None:
+    start, end = left + 52 * unit, right - 46 * unit
+    half = 5 * unit
+    font = _font(12 * unit, bold)
+    draw.text((left, middle), name, font=font, fill=INK if bold else MUTED, anchor="lm")
+    draw.rectangle((start, middle - half, end, middle + half), fill="#EDEFF2")
+    draw.rectangle(
+        (start, middle - half, start + max(p * (end - start), unit), middle + half), fill=colour
+    )
+    draw.text(
+        (right, middle), f"{100 * p:.0f} %", font=font, fill=INK if bold else MUTED, anchor="rm"
+    )
+
+
+def _shortened(text: str, font, width: float) -> str:
+    """The text, its middle replaced by '…' where it is wider than `width` pixels."""
+    keep = len(text)
+    short = text
+    while font.getlength(short) > width and keep > 2:
+        keep -= 1
+        short = text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
+    return short
+
+
+@cache
+def _font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
+    # DejaVu comes with matplotlib, so the same letters are found on every machine.
+    family = matplotlib.font_manager.FontProperties(
+        family="DejaVu Sans", weight="bold" if bold else "normal"
+    )
+    return ImageFont.truetype(matplotlib.font_manager.findfont(family), max(round(size), 6))
+
+
+def contact_sheet(
+    path: str | Path, tiles: Sequence[UInt8[np.ndarray, "h w 3"]], *, columns: int | None = None
+) -> Path:
+    """Equally large tiles in a grid on white; four to six columns unless told."""
+    count = len(tiles)
+    columns = columns or min(count, 4 if count <= 12 else 6)
+    gap = 14
+    height, width, _ = tiles[0].shape
+    lines = math.ceil(count / columns)
+    sheet = np.full((gap + lines * (height + gap), gap + columns * (width + gap), 3), 255, np.uint8)
+    for place, tile in enumerate(tiles):
+        y = gap + place // columns * (height + gap)
+        x = gap + place % columns * (width + gap)
+        sheet[y : y + height, x : x + width] = tile
+    return save_image(path, sheet)
+
+
+def save_image(path: str | Path, image: UInt8[np.ndarray, "h w 3"]) -> Path:
+    """Write an RGB picture; the ending of the name says the format."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(
+        path, **({"quality": 92} if path.suffix in (".jpg", ".jpeg") else {})
+    )
+    return path

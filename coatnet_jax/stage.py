@@ -1,0 +1,182 @@
+"""What pre-training and fine-tuning share: data, schedule, start weights, the run's files."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from coatnet_jax import loop
+from coatnet_jax.checkpoint import FOLDER, Checkpoints, load_backbone
+from coatnet_jax.config import flat_keys, read_config
+from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
+from coatnet_jax.optim import create_optimizer, warmup_cosine
+from coatnet_jax.paths import data_folder
+from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
+from coatnet_jax.train_state import create_train_state, init_variables
+from input_pipeline.pipeline import Faces, open_split, train_loader
+
+# Keys that may differ between the runs that make up one training: they change no result.
+FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a stage works with: its config, folder, devices, faces and schedule."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    mesh: Mesh
+    train_faces: Faces
+    validation_faces: Faces
+    schedule: loop.Schedule
+
+
+def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: int = 0) -> Setting:
+    """Check the config against devices, data and what already lies in `workdir`.
+
+    Raises FileNotFoundError where the data set is not prepared; ValueError where the batch cannot
+    be split over the devices or `workdir` holds a run of another config.
+    """
+    _check_same_config(config, workdir)
+    mesh = make_mesh()
+    check_batch_size(config.batch_size, mesh)
+    folder = data_folder(config.data.name, config.data.root)
+    train_faces = open_split(folder, "train", splits=config.data.splits)
+    validation_faces = open_split(folder, "validation", splits=config.data.splits)
+    steps_per_epoch = len(train_faces) / config.batch_size
+    schedule = loop.Schedule(
+        total_steps=max(1, round(config.epochs * steps_per_epoch)),
+        steps_per_epoch=steps_per_epoch,
+        evaluate_every=max(1, round(config.monitor.every_epochs * steps_per_epoch)),
+        log_every=config.log_every,
+        batch_size=config.batch_size,
+        patience=patience,
+        max_minutes=config.max_minutes,
+    )
+    return Setting(config, Path(workdir), mesh, train_faces, validation_faces, schedule)
+
+
+def _check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    if not (workdir / FOLDER).is_dir() or not (workdir / "config.json").is_file():
+        return
+    before = read_config(workdir / "config.json")
+    there, here = (dict(zip(flat_keys(c), _leaves(c), strict=True)) for c in (before, config))
+    differing = [
+        f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key) and key not in FREE_KEYS
+    ]
+    if differing:
+        raise ValueError(
+            f"{workdir} holds a run of another config ({'; '.join(differing[:4])}); give that "
+            "config to go on with it, or a new --workdir"
+        )
+
+
+def _leaves(config: ml_collections.ConfigDict) -> list:
+    leaves = []
+    for value in config.values():
+        leaves += _leaves(value) if isinstance(value, ml_collections.ConfigDict) else [value]
+    return leaves
+
+
+def run_stage(
+    setting: Setting,
+    model,
+    *,
+    learning_rate: float,
+    make_step: Callable,
+    make_evaluate: Callable,
+    metric: str,
+    ema: bool = False,
+    layer_decay: float = 1.0,
+    train_from: str = "full",
+) -> bool:
+    """Train `model` from the workdir's checkpoint, else config.init_from, else scratch.
+
+    `make_step(tx)` gives the train step, `make_evaluate()` the evaluation of a state; `metric` is
+    the validation metric (smaller is better) that chooses the best checkpoint. Returns whether the
+    run came to its end.
+    """
+    config, workdir, mesh = setting.config, setting.workdir, setting.mesh
+    rng_init, rng_train = jax.random.split(jax.random.key(config.seed))
+    variables = init_variables(rng_init, model, image_size=config.model.image_size)
+    resuming = (workdir / FOLDER).is_dir()
+    if config.init_from and not resuming:
+        variables = load_backbone(Path(config.init_from), variables)
+        print(f"[{config.stage}] backbone from {config.init_from}", flush=True)
+    # Made after the backbone is loaded: a moving average starts from the loaded weights.
+    schedule = setting.schedule
+    warmup = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
+    tx = create_optimizer(
+        variables["params"],
+        name=config.optim.name,
+        learning_rate=warmup_cosine(
+            learning_rate, total_steps=schedule.total_steps, warmup_steps=warmup
+        ),
+        weight_decay=config.optim.weight_decay,
+        clip_norm=config.optim.clip_norm,
+        layer_decay=layer_decay,
+        train_from=train_from,
+    )
+    state = replicate(create_train_state(rng_train, variables, tx, ema=ema), mesh)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    if not resuming:
+        write_run_info(
+            workdir, config, data_fingerprint=setting.train_faces.fingerprint, parameters=parameters
+        )
+        _copy_data_report(setting)
+    print(
+        f"[{config.stage}] {config.model.name}, {parameters / 1e6:.2f} M parameters, "
+        f"{config.model.image_size} px, {len(setting.train_faces)} training and "
+        f"{len(setting.validation_faces)} validation images, batch {config.batch_size} on "
+        f"{mesh.size} {jax.default_backend()} device(s); the first step compiles …",
+        flush=True,
+    )
+    iterator = iter(
+        train_loader(
+            setting.train_faces,
+            batch_size=config.batch_size // jax.process_count(),
+            image_size=config.data.image_size,
+            seed=config.seed,
+            workers=config.data.workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    )
+    checkpoints = Checkpoints(workdir, metric=metric)
+    started = time.monotonic()
+    state, finished = loop.train(
+        state,
+        iterator,
+        name=config.stage,
+        train_step=make_step(tx),
+        evaluate=make_evaluate(),
+        mesh=mesh,
+        schedule=schedule,
+        checkpoints=checkpoints,
+        log=MetricsLog(workdir),
+    )
+    checkpoints.close()
+    _add_wall_time(workdir, time.monotonic() - started, finished=finished, step=int(state.step))
+    return finished
+
+
+def _copy_data_report(setting: Setting) -> None:
+    """The data's own report beside the run, so that a result says what it was trained on."""
+    config = setting.config
+    source = data_folder(config.data.name, config.data.root) / "prepare.json"
+    if source.is_file():
+        shutil.copyfile(source, setting.workdir / "data.json")
+
+
+def _add_wall_time(workdir: Path, seconds: float, *, finished: bool, step: int) -> None:
+    import json
+
+    before = json.loads((workdir / "run.json").read_text()).get("wall_seconds", 0.0)
+    update_run_info(workdir, wall_seconds=round(before + seconds, 1), finished=finished, step=step)

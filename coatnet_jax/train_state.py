@@ -1,0 +1,84 @@
+"""What a training step carries: arrays only. The model and the optimizer are static arguments."""
+
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Arrays of a run: everything that is needed to go on with it exactly.
+
+    `rng` is a typed key that never changes; a step draws from `fold_in(rng, step)`. `ema_params` is
+    None where no moving average is kept.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    rng: jax.Array
+    ema_params: Any = None
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """Variables for evaluation: the moving average where there is one."""
+        params = self.params if self.ema_params is None else self.ema_params
+        return {"params": params, "batch_stats": self.batch_stats}
+
+
+def init_variables(rng: jax.Array, model: nn.Module, *, image_size: int) -> dict[str, Any]:
+    """{'params', 'batch_stats'} of an untrained model for square images."""
+
+    def init(rng: jax.Array) -> dict[str, Any]:
+        variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)), train=False)
+        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+    return jax.jit(init)(rng)
+
+
+def create_train_state(
+    rng: jax.Array,
+    variables: dict[str, Any],
+    tx: optax.GradientTransformation,
+    *,
+    ema: bool = False,
+) -> TrainState:
+    """A state at step 0 from initial (or loaded) variables."""
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables["batch_stats"],
+        opt_state=tx.init(params),
+        rng=rng,
+        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+    )
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: Any,
+    batch_stats: Any,
+    *,
+    tx: optax.GradientTransformation,
+    ema: float = 0.0,
+) -> TrainState:
+    """The state after one optimizer step; the moving average warms up as min(ema, (1+t)/(10+t))."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+        ema_params = optax.incremental_update(params, ema_params, 1.0 - decay)
+    return state.replace(
+        step=state.step + 1,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        ema_params=ema_params,
+    )

@@ -1,0 +1,73 @@
+"""Configs by name and path, flags on top, and errors in one line."""
+
+import ml_collections
+import pytest
+
+from coatnet_jax.config import (
+    flat_keys,
+    load_config,
+    parse_training_flags,
+    read_config,
+    save_config,
+)
+
+
+def parse(*argv):
+    return parse_training_flags(list(argv), default="pretrain")
+
+
+def test_config_by_name_with_flags_on_top():
+    config, workdir = parse(
+        "--config=pretrain:atto,drawn",
+        "--config.optim.lr=0.5",
+        "--config.augment.crop=(0.2, 0.9)",
+        "--workdir",
+        "some/folder",
+    )
+    assert config.model.name == "coatnet_atto" and config.data.name == "drawn"
+    assert config.optim.lr == 0.5 and config.augment.crop == (0.2, 0.9)
+    assert str(workdir) == "some/folder"
+
+
+def test_config_by_path(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import ml_collections\n"
+        "def get_config():\n    return ml_collections.ConfigDict({'stage': 'pretrain', 'a': 1})\n"
+    )
+    config, _ = parse(f"--config={path}", "--config.a=2", "--workdir=x")
+    assert config.a == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config.optim.lrr=1", "--workdir=x"], "did you mean --config.optim.lr"),
+        (["--config=pretrain:micro,dawn", "--workdir=x"], "'dawn' is not one of"),
+        (["--config=pretrian", "--workdir=x"], "shipped ones: finetune, pretrain"),
+        (["--config=/no/such.py", "--workdir=x"], "no config '/no/such.py'"),
+        (["--config.epochs=many", "--workdir=x"], "many"),
+        (["--wrkdir=x"], "did you mean --workdir"),
+        ([], "--workdir=FOLDER is missing"),
+        (["what", "--workdir=x"], "unexpected argument 'what'"),
+    ],
+)
+def test_bad_flags_are_explained_in_one_line(argv, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        parse(*argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("words", ["micro", "coatnet_0,bf16", "atto,drawn,tiny", "micro,cpu"])
+def test_every_shipped_word_gives_a_config_that_round_trips(stage, words, tmp_path):
+    config = load_config(f"{stage}:{words}")
+    save_config(config, tmp_path / "config.json")
+    assert read_config(tmp_path / "config.json") == config
+    assert config.stage == stage
+
+
+def test_flat_keys_are_dotted():
+    config = ml_collections.ConfigDict({"a": 1, "b": {"c": 2, "d": {"e": 3}}})
+    assert flat_keys(config) == ["a", "b.c", "b.d.e"]

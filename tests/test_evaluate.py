@@ -1,0 +1,224 @@
+"""Measures against scikit-learn and plain loops; files; one-line errors."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from sklearn import metrics as oracle
+
+from coatnet_jax import evaluate
+from coatnet_jax.ages import CLASS_NAMES
+
+
+def one_hot(ages, sharp=1.0):
+    """Posteriors with the share `sharp` at the given ages and the rest spread over all ages."""
+    p = np.full((len(ages), 117), (1 - sharp) / 117, np.float32)
+    p[np.arange(len(ages)), ages] += sharp
+    return p
+
+
+def by_hand(age):
+    return 0 if age < 18 else 1 if age <= 40 else 2 if age <= 60 else 3
+
+
+AGE = np.array([5, 17, 18, 30, 40, 40, 41, 55, 60, 61, 80, 25])
+GUESS = np.array([7, 18, 17, 30, 41, 39, 41, 39, 61, 61, 70, 25])
+
+
+@pytest.fixture(scope="module")
+def many():
+    rng = np.random.default_rng(0)
+    age = rng.integers(0, 117, 500)
+    return age, np.clip(age + rng.normal(0, 9, 500), 0, 116).round().astype(int)
+
+
+def test_confusion_and_errors_are_those_counted_by_hand():
+    result = evaluate.score(one_hot(GUESS), AGE, train_age=AGE)
+    assert result["confusion"] == [[1, 1, 0, 0], [1, 3, 1, 0], [0, 1, 1, 1], [0, 0, 0, 2]]
+    errors = np.array([2, 1, 1, 0, 1, 1, 0, 16, 1, 0, 10, 0])
+    assert result["mae"] == pytest.approx(errors.mean(), abs=1e-3)
+    assert result["cs5"] == pytest.approx(10 / 12)
+    assert result["accuracy"] == pytest.approx(7 / 12)
+
+
+def test_classes_match_scikit_learn(many):
+    age, guess = many
+    result = evaluate.score(one_hot(guess), age, train_age=age)
+    true, predicted = [by_hand(a) for a in age], [by_hand(a) for a in guess]
+    expected = oracle.precision_recall_fscore_support(true, predicted)
+    found = [
+        [row[k] for row in result["classes"]] for k in ("precision", "recall", "f1", "support")
+    ]
+    np.testing.assert_allclose(found, expected)
+    assert result["balanced_accuracy"] == pytest.approx(
+        oracle.balanced_accuracy_score(true, predicted)
+    )
+    assert result["confusion"] == oracle.confusion_matrix(true, predicted).tolist()
+    for k, row in enumerate(result["classes"]):
+        errors = [abs(int(a) - int(g)) for a, g in zip(age, guess, strict=True) if by_hand(a) == k]
+        assert row["mae"] == pytest.approx(np.mean(errors), abs=0.01)
+
+
+def test_bands_match_a_loop(many):
+    age, guess = many
+    for band in evaluate.band_table(age, guess):
+        first, last = map(int, band["band"].split("–"))
+        pairs = [(a, g) for a, g in zip(age, guess, strict=True) if first <= a <= last]
+        assert band["support"] == len(pairs)
+        assert band["mae"] == pytest.approx(np.mean([abs(int(g) - int(a)) for a, g in pairs]))
+        assert band["bias"] == pytest.approx(np.mean([int(g) - int(a) for a, g in pairs]))
+    assert sum(band["support"] for band in evaluate.band_table(age, guess)) == len(age)
+
+
+def test_baseline_takes_median_and_majority_from_the_training_split():
+    base = evaluate.baseline(AGE, np.array([20, 22, 30, 65, 70]))
+    assert (base["median_age"], base["majority_class"]) == (30, "18-40")
+    assert base["mae"] == pytest.approx(np.mean([abs(int(a) - 30) for a in AGE]))
+    assert base["accuracy"] == pytest.approx(5 / 12)
+    assert base["balanced_accuracy"] == pytest.approx(0.25)
+    assert evaluate.baseline(AGE, np.array([70, 70, 5]))["majority_class"] == ">60"
+
+
+def test_class_follows_the_median_and_class_sums_stand_beside():
+    # 40 % on 17, 60 % spread over 18-60 in two classes: the median lies in 18-40, no sum is larger
+    p = np.zeros((1, 117), np.float32)
+    p[0, 17], p[0, 20], p[0, 50] = 0.4, 0.3, 0.3
+    result = evaluate.score(p, np.array([20]), train_age=AGE)
+    assert result["accuracy"] == 1.0
+    assert result["accuracy_of_class_sums"] == 0.0
+    row = evaluate.prediction_rows(p, np.array([20]), np.array(["a.jpg"]))[0]
+    assert (row["predicted_class"], float(row["p_<18"])) == ("18-40", 0.4)
+
+
+def test_empty_classes_give_none_and_a_dash(tmp_path):
+    age, guess = np.array([20, 25, 30]), np.array([20, 45, 30])
+    result = evaluate.score(one_hot(guess), age, train_age=age)
+    young, _, middle, _ = result["classes"]
+    assert young == {
+        "class": "<18",
+        "support": 0,
+        **dict.fromkeys(("precision", "recall", "f1", "mae")),
+    }
+    assert (middle["precision"], middle["recall"]) == (0.0, None)
+    assert result["balanced_accuracy"] == pytest.approx(2 / 3)
+    evaluate.write_results(tmp_path, result, one_hot(guess), age, np.array(["a", "b", "c"]))
+    line = next(
+        x for x in (tmp_path / "report.md").read_text().splitlines() if x.startswith("| <18")
+    )
+    assert [c.strip() for c in line.strip("|").split("|")] == ["<18", "0", "–", "–", "–", "–"]
+
+
+def test_bootstrap_interval_is_seeded_and_near_the_normal_one():
+    values = np.random.default_rng(1).exponential(5, 800)
+    low, high = evaluate.bootstrap_interval(values, seed=3)
+    assert [low, high] == evaluate.bootstrap_interval(values, seed=3)
+    assert [low, high] != evaluate.bootstrap_interval(values, seed=4)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    low, high = evaluate.bootstrap_interval(values, resamples=4000)
+    assert low == pytest.approx(values.mean() - half, abs=0.03)
+    assert high == pytest.approx(values.mean() + half, abs=0.03)
+
+
+def test_attribute_accuracy_leaves_unknown_labels_out():
+    p = {"gender": np.eye(2)[[1, 1, 1, 0]], "race": np.eye(5)[[0, 0, 0, 0]]}
+    labels = {"gender": np.array([0, 0, 1, -1]), "race": np.full(4, -1)}
+    train = {"gender": np.array([0, 0, 1, -1, -1, -1]), "race": np.full(6, -1)}
+    gender, race = evaluate.attribute_table(p, labels, train)
+    assert (gender["support"], gender["accuracy"]) == (3, pytest.approx(1 / 3))
+    assert gender["constant"] == pytest.approx(2 / 3)
+    assert race == {"attribute": "race", "support": 0, "accuracy": None, "constant": None}
+
+
+@pytest.mark.parametrize(
+    ("p", "age", "message"),
+    [
+        (np.zeros((0, 117)), np.zeros(0, int), "no faces"),
+        (one_hot(GUESS), AGE[:3], "12 predictions for 3 faces"),
+        (one_hot(GUESS) * np.nan, AGE, "NaN"),
+    ],
+)
+def test_wrong_input_is_told_in_one_line(p, age, message):
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate.score(p, age, train_age=AGE)
+    assert "\n" not in str(error.value)
+
+
+def fake_faces(age, split):
+    files = np.array([f"{a}_{i}.jpg" for i, a in enumerate(age)])
+    labels = {"age": age, "gender": age % 2, "race": age % 5, "file": files}
+
+    class Faces(SimpleNamespace):
+        def __len__(self):
+            return len(age)
+
+    return Faces(labels=labels, split=split, fingerprint=f"print-{split}")
+
+
+def fake_run(stage="finetune", **methods):
+    config = ConfigDict({"stage": stage, "data": {"splits": "default"}})
+    methods = {"has_attributes": False, **methods}
+    return SimpleNamespace(config=config, stage=stage, step=7, source_size=8, **methods)
+
+
+@pytest.fixture
+def joined(monkeypatch, many):
+    """`evaluate.run` over fakes: a test split of which the run knows a noisy age."""
+    age, guess = many
+    seen = {}
+    faces = {"test": fake_faces(age, "test"), "train": fake_faces(np.arange(50), "train")}
+    model = fake_run(
+        probabilities=lambda images, flip: seen.update(flip=flip) or one_hot(guess[images])
+    )
+
+    def predict_split(run, faces, fn, batch_size):
+        index = np.arange(len(faces))[::-1]  # rows need not come in the table's order
+        return fn(index), {k: faces.labels[k][index] for k in ("age", "gender", "race")} | {
+            "index": index
+        }
+
+    def open_split(folder, split, splits):
+        seen["splits"] = splits
+        return faces[split]
+
+    monkeypatch.setattr(evaluate, "load_run", lambda *_, **__: model)
+    monkeypatch.setattr(evaluate, "open_split", open_split)
+    monkeypatch.setattr(evaluate, "predict_split", predict_split)
+    return SimpleNamespace(model=model, faces=faces, seen=seen, age=age, guess=guess)
+
+
+def test_run_writes_all_files_with_a_row_for_each_image(joined, tmp_path, capsys):
+    joined.model.has_attributes = True
+    joined.model.attributes = lambda index: np.eye(7)[joined.age[index] % 2]
+    result = evaluate.run(tmp_path / "run", "data", flip=False)
+    folder = tmp_path / "run" / "evaluate" / "test"
+    assert joined.seen == {"flip": False, "splits": "default"}
+    assert json.loads((folder / "metrics.json").read_text()) == result
+    assert result["attributes"][0]["accuracy"] == 1.0
+    with (folder / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(joined.age)
+    for row in rows:  # labels, file and prediction of a row belong to the same face
+        i = int(row["file"].split("_")[1].removesuffix(".jpg"))
+        assert int(row["age"]) == joined.age[i]
+        assert float(row["predicted"]) == pytest.approx(joined.guess[i], abs=0.5)
+        assert row["predicted_class"] == CLASS_NAMES[by_hand(joined.guess[i])]
+        assert sum(float(row[f"p_{name}"]) for name in CLASS_NAMES) == pytest.approx(1, abs=1e-3)
+    for name in ("confusion.png", "scatter.png", "bands.png"):
+        with Image.open(folder / name) as image:
+            assert min(image.size) > 300
+    assert 'src="data:image/png' in (folder / "report.html").read_text()
+    assert "| gender" in (folder / "report.md").read_text()
+    assert f"MAE {result['mae']:.2f}" in capsys.readouterr().out
+
+
+def test_pretraining_run_and_empty_split_are_refused(joined, tmp_path, monkeypatch):
+    joined.faces["test"] = fake_faces(np.zeros(0, int), "test")
+    with pytest.raises(ValueError, match="holds no faces"):
+        evaluate.run(tmp_path, "data")
+    monkeypatch.setattr(evaluate, "load_run", lambda *_, **__: fake_run("pretrain"))
+    with pytest.raises(ValueError, match="pretrain run without an age head"):
+        evaluate.run(tmp_path, "data")

@@ -1,0 +1,201 @@
+"""Whole runs on a few drawn faces: resume, start weights, the command line and its errors."""
+
+import json
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from coatnet_jax import coatnet, finetune, loop, pretrain
+from coatnet_jax.checkpoint import load_variables
+from coatnet_jax.config import load_config
+from coatnet_jax.main import main
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_atto():
+    """`coatnet_atto` with fewer blocks: what is tested here is the run, and compile time is most
+    of the time."""
+    before = coatnet.VARIANTS["coatnet_atto"]
+    coatnet.VARIANTS["coatnet_atto"] = coatnet.CoAtNetConfig((8, 8, 16, 32, 32), (1, 1, 1, 1, 1))
+    yield
+    coatnet.VARIANTS["coatnet_atto"] = before
+
+
+def tiny(stage, root, **changes):
+    config = load_config(f"{stage}:atto,drawn,tiny")
+    config.data.root = str(root)
+    config.batch_size = 16
+    config.epochs = 1.2  # 8 steps of 7 an epoch: the batches run over the epoch's end
+    config.monitor.every_epochs = 0.43  # every 3 steps
+    config.model.image_size = 32
+    config.projection = {"layers": 2, "hidden": 16, "out": 8} if stage == "pretrain" else None
+    if stage == "finetune":
+        del config.projection
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+def same_weights(a, b):
+    va, vb = load_variables(a, which="latest"), load_variables(b, which="latest")
+    assert va[1] == vb[1]
+    for x, y in zip(jax.tree.leaves(va[0]), jax.tree.leaves(vb[0]), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def pretrained(drawn_root, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "pretrain"
+    assert pretrain.run(tiny("pretrain", drawn_root), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def finetuned(drawn_root, pretrained):
+    workdir = pretrained.parent / "finetune"
+    assert finetune.run(tiny("finetune", drawn_root, init_from=str(pretrained)), workdir)
+    return workdir
+
+
+def kill_after(steps, monkeypatch):
+    """Make the run die in the middle of a step, as a kill does: nothing gets saved."""
+    shard_batch, count = loop.shard_batch, 0
+
+    def dying(batch, mesh):
+        nonlocal count
+        count += 1
+        if count > steps:
+            raise RuntimeError("killed")
+        return shard_batch(batch, mesh)
+
+    monkeypatch.setattr(loop, "shard_batch", dying)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_killed_and_resumed_equals_never_stopped(
+    stage, drawn_root, pretrained, finetuned, tmp_path, monkeypatch
+):
+    run = {"pretrain": pretrain, "finetune": finetune}[stage].run
+    init_from = str(pretrained) if stage == "finetune" else ""
+    with monkeypatch.context() as patched:
+        kill_after(5, patched)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tiny(stage, drawn_root, init_from=init_from), tmp_path / "run")
+    # Two worker processes for the rest: they must give the same stream as none.
+    assert run(
+        tiny(stage, drawn_root, init_from=init_from, **{"data.workers": 2}), tmp_path / "run"
+    )
+    whole = {"pretrain": pretrained, "finetune": finetuned}[stage]
+    same_weights(tmp_path / "run", whole)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def test_time_limit_stops_saves_and_resumes(drawn_root, pretrained, tmp_path, monkeypatch):
+    config = tiny("pretrain", drawn_root, max_minutes=1e-6)
+    stops = 0
+    while not pretrain.run(config, tmp_path / "run"):
+        stops += 1
+    assert stops >= 5
+    same_weights(tmp_path / "run", pretrained)
+
+
+def test_finished_run_is_left_as_it_is(drawn_root, pretrained):
+    before = (pretrained / "metrics.jsonl").read_text()
+    started = time.monotonic()
+    assert pretrain.run(tiny("pretrain", drawn_root), pretrained)
+    assert (pretrained / "metrics.jsonl").read_text() == before
+    assert time.monotonic() - started < 60
+
+
+def test_run_writes_what_reproduces_it(finetuned):
+    info = json.loads((finetuned / "run.json").read_text())
+    assert info["finished"] and info["step"] == 8 and info["data_fingerprint"]
+    assert info["versions"]["jax"] == jax.__version__
+    config = json.loads((finetuned / "config.json").read_text())
+    assert config["model"]["name"] == "coatnet_atto"
+
+
+def test_fine_tuning_starts_from_the_pretrained_backbone(drawn_root, pretrained, tmp_path):
+    config = tiny("finetune", drawn_root, init_from=str(pretrained))
+    config.optim.train_from = "head"  # the backbone stays as it came
+    finetune.run(config, tmp_path / "run")
+    there, here = load_variables(pretrained)[0], load_variables(tmp_path / "run")[0]
+    for kind in ("params", "batch_stats"):
+        for a, b in zip(
+            jax.tree.leaves(there[kind]["backbone"]),
+            jax.tree.leaves(here[kind]["backbone"]),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_backbone_of_another_model_is_refused_with_both_sides(drawn_root, pretrained, tmp_path):
+    config = tiny("finetune", drawn_root, init_from=str(pretrained))
+    config.model.name = "coatnet_micro"
+    with pytest.raises(ValueError, match=r"does not fit this model: .* there, .* here"):
+        finetune.run(config, tmp_path / "run")
+
+
+def test_other_config_in_the_same_workdir_is_refused(drawn_root, pretrained):
+    config = tiny("pretrain", drawn_root)
+    config.optim.lr = 0.123
+    with pytest.raises(ValueError, match=r"optim.lr 0.001 there, 0.123 here"):
+        pretrain.run(config, pretrained)
+
+
+def test_diverged_loss_stops_the_run(drawn_root, tmp_path):
+    config = tiny("finetune", drawn_root)
+    config.optim.lr, config.optim.clip_norm = 1e30, 0.0
+    with pytest.raises(ValueError, match="the loss is not finite at step"):
+        finetune.run(config, tmp_path / "run")
+
+
+def call(capsys, *argv):
+    """(exit status, stderr) of a command."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(argv))
+    return stop.value.code or 0, capsys.readouterr().err
+
+
+def test_command_line_errors_are_one_line(drawn_root, pretrained, tmp_path, capsys):
+    root = f"--config.data.root={drawn_root}"
+    pre = ["pretrain", "--config=pretrain:atto,drawn", root, "--workdir=x"]
+    fine = ["finetune", "--config=finetune:atto,drawn", root, "--workdir=x"]
+    broken = tmp_path / "broken"
+    shutil.copytree(pretrained, broken)
+    for file in (broken / "checkpoints").rglob("manifest.ocdbt"):
+        file.write_bytes(b"nonsense")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    commands = [
+        ["prepare", str(tmp_path / "missing.zip"), "--root", str(tmp_path)],
+        ["prepare", str(empty), "--root", str(tmp_path)],
+        ["pretrain", "--config=pretrain:atto", f"--config.data.root={empty}", "--workdir=x"],
+        ["pretrain", "--config=finetune:atto,drawn", root, "--workdir=x"],
+        [*pre, "--config.model.name=coatnet_9"],
+        [*pre, "--config.optim.name=adam"],
+        [*pre, "--config.batch_size=100"],
+        [*fine, "--config.loss.name=kl"],
+        [*fine, "--config.init_from=nowhere"],
+        [*fine, f"--config.init_from={broken}"],
+        [*fine, "--config.optim.train_from=stage9"],
+        ["evaluate", str(pretrained)],
+        ["evaluate", str(empty)],
+        ["embed", str(pretrained), "--split", "holdout"],
+        ["predict", str(pretrained), str(tmp_path / "missing.jpg")],
+    ]
+    for command in commands:
+        status, message = call(capsys, *command)
+        assert status == 1, command
+        lines = message.strip().splitlines()
+        assert lines[-1].startswith("coatnet-jax: error: "), (command, message)
+        assert not any("Traceback" in line for line in lines), (command, message)
+
+
+def test_own_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("coatnet_jax.main._run", lambda argv: int("not a number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["demo"])

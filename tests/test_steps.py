@@ -1,0 +1,110 @@
+"""The jitted training steps: the same on 1 and 8 devices, and learning."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from coatnet_jax.augment import simclr_view, supervised_view
+from coatnet_jax.coatnet import CoAtNet, CoAtNetConfig
+from coatnet_jax.finetune import finetune_train_step
+from coatnet_jax.heads import AgeModel, ProjectionHead, SimCLRModel
+from coatnet_jax.pretrain import pretrain_train_step
+from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_batch
+from coatnet_jax.train_state import create_train_state, init_variables
+
+SMALL = CoAtNetConfig(widths=(8, 8, 16, 32, 32), depths=(1, 1, 1, 1, 1))
+SIZE = 32
+
+
+def make_batch(b=16):
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (b, 40, 40, 3), np.uint8),
+        "age": rng.integers(0, 117, b).astype(np.int32),
+        "gender": rng.integers(-1, 2, b).astype(np.int32),
+        "race": rng.integers(-1, 5, b).astype(np.int32),
+    }
+
+
+def pretrain_parts():
+    model = SimCLRModel(CoAtNet(SMALL), ProjectionHead(layers=2, hidden=16, out=8))
+    step = partial(
+        pretrain_train_step,
+        model=model,
+        view=partial(simclr_view, size=SIZE),
+        temperature=0.2,
+        decoupled=False,
+    )
+    return model, step
+
+
+def finetune_parts():
+    model = AgeModel(CoAtNet(SMALL))
+    step = partial(
+        finetune_train_step,
+        model=model,
+        view=partial(supervised_view, size=SIZE),
+        loss_name="kl_l1",
+        sigma=2.0,
+        gender_weight=0.1,
+        race_weight=0.1,
+        mixup_alpha=0.2,
+        ema=0.9,
+    )
+    return model, step
+
+
+def run_steps(parts, devices, *, steps, tx):
+    """(state, metrics of the last step) on the first `devices` devices."""
+    model, step = parts
+    mesh = make_mesh(devices)
+    variables = init_variables(jax.random.key(0), model, image_size=SIZE)
+    state = replicate(create_train_state(jax.random.key(1), variables, tx, ema=True), mesh)
+    batch = shard_batch(make_batch(), mesh)
+    for _ in range(steps):
+        state, metrics = step(state, batch, tx=tx)
+    return jax.device_get(state.replace(rng=None)), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize(
+    "parts", [pretrain_parts(), finetune_parts()], ids=["pretrain", "finetune"]
+)
+def test_eight_devices_equal_one(parts):
+    # Plain SGD with rate 1: the change of a parameter is its gradient, undisguised by Adam.
+    tx = optax.sgd(1.0)
+    one, metrics_one = run_steps(parts, 1, steps=1, tx=tx)
+    eight, metrics_eight = run_steps(parts, 8, steps=1, tx=tx)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4)
+    assert metrics_one["loss"] == pytest.approx(metrics_eight["loss"], rel=1e-5)
+    before = init_variables(jax.random.key(0), parts[0], image_size=SIZE)["params"]
+    moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), before, one.params)
+    assert min(jax.tree.leaves(moved)) >= 0 and max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_finetune_step_learns_one_batch():
+    parts = finetune_parts()
+    tx = optax.adam(3e-3)
+    _, first = run_steps(parts, 1, steps=1, tx=tx)
+    state, last = run_steps(parts, 1, steps=40, tx=tx)
+    assert last["loss"] < 0.7 * first["loss"]
+    assert int(state.step) == 40
+
+
+def test_moving_average_follows_the_parameters():
+    parts = finetune_parts()
+    state, _ = run_steps(parts, 1, steps=1, tx=optax.sgd(1.0))
+    start = init_variables(jax.random.key(0), parts[0], image_size=SIZE)["params"]
+    # Step 0 has decay min(0.9, 1/10).
+    expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, start, state.params)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(state.ema_params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_batch_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(ValueError, match="batch_size 100 is not divisible by 8 devices"):
+        check_batch_size(100, make_mesh(8))
