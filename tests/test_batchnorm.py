@@ -14,7 +14,7 @@ def exact_gelu(x):
     return jax.nn.gelu(x, approximate=False)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def x():
     return 2 * jax.random.normal(jax.random.key(0), (6, 5, 4, 7)) + 1
 
@@ -25,24 +25,24 @@ def some_variables(module, x):
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return tree.unflatten(
-        [jax.random.uniform(k, a.shape, minval=0.5) for k, a in zip(keys, leaves)]
+        [jax.random.uniform(k, a.shape, minval=0.5) for k, a in zip(keys, leaves, strict=True)]
     )
 
 
-@pytest.mark.parametrize('with_gelu', [True, False])
-@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize("with_gelu", [True, False])
+@pytest.mark.parametrize("train", [True, False])
 def test_batchnorm_matches_flax_with_gradients_and_statistics(x, with_gelu, train):
     flax = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)
     variables = some_variables(flax, x)
-    stats = {'batch_stats': variables['batch_stats']}
+    stats = {"batch_stats": variables["batch_stats"]}
     dy = jax.random.normal(jax.random.key(2), x.shape)
 
     def ours(params, x):
         module = BatchNorm(gelu=with_gelu)
-        return module.apply({'params': params, **stats}, x, train, mutable=['batch_stats'])
+        return module.apply({"params": params, **stats}, x, train, mutable=["batch_stats"])
 
     def theirs(params, x):
-        y, new = flax.apply({'params': params, **stats}, x, mutable=['batch_stats'])
+        y, new = flax.apply({"params": params, **stats}, x, mutable=["batch_stats"])
         return exact_gelu(y) if with_gelu else y, new
 
     def run(function):
@@ -50,7 +50,7 @@ def test_batchnorm_matches_flax_with_gradients_and_statistics(x, with_gelu, trai
             y, new = function(params, x)
             return (y * dy).sum(), (y, new)
 
-        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables['params'], x)
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables["params"], x)
 
     for a, b in zip(jax.tree.leaves(run(ours)), jax.tree.leaves(run(theirs)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -59,15 +59,15 @@ def test_batchnorm_matches_flax_with_gradients_and_statistics(x, with_gelu, trai
 def test_batchnorm_keeps_bfloat16_and_float32_statistics(x):
     module = BatchNorm(gelu=True)
     variables = module.init(jax.random.key(0), x, False)
-    y, new = module.apply(variables, x.astype(jnp.bfloat16), True, mutable=['batch_stats'])
+    y, new = module.apply(variables, x.astype(jnp.bfloat16), True, mutable=["batch_stats"])
     assert y.dtype == jnp.bfloat16
-    assert {a.dtype.name for a in jax.tree.leaves(new)} == {'float32'}
+    assert {a.dtype.name for a in jax.tree.leaves(new)} == {"float32"}
 
 
 def test_init_leaves_the_running_statistics_alone(x):
-    stats = BatchNorm().init(jax.random.key(0), x, True)['batch_stats']
-    np.testing.assert_array_equal(stats['mean'], 0)
-    np.testing.assert_array_equal(stats['var'], 1)
+    stats = BatchNorm().init(jax.random.key(0), x, True)["batch_stats"]
+    np.testing.assert_array_equal(stats["mean"], 0)
+    np.testing.assert_array_equal(stats["var"], 1)
 
 
 def test_gelu_is_the_exact_one_with_its_gradient():
@@ -77,8 +77,8 @@ def test_gelu_is_the_exact_one_with_its_gradient():
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
-@pytest.mark.parametrize('stride', [1, 2])
-@pytest.mark.parametrize('h, w', [(6, 8), (7, 5)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("h, w", [(6, 8), (7, 5)])
 def test_conv3x3_matches_flax_with_gradients(h, w, stride):
     x = jax.random.normal(jax.random.key(0), (2, h, w, 3))
     init = nn.initializers.normal(1.0)

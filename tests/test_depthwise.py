@@ -29,23 +29,23 @@ def run(x, kernel, dy, stride, implementation):
     return y, *gradient(dy)
 
 
-@pytest.mark.parametrize('stride', [1, 2])
-@pytest.mark.parametrize('h, w', SIZES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("h, w", SIZES)
 def test_shifted_matches_lax_with_gradients(h, w, stride):
     args = inputs(h, w, stride=stride)
     shifted, lax = (
-        jax.jit(run, static_argnums=(3, 4))(*args, stride, how) for how in ('shifted', 'lax')
+        jax.jit(run, static_argnums=(3, 4))(*args, stride, how) for how in ("shifted", "lax")
     )
     for ours, theirs in zip(shifted, lax, strict=True):
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
 def test_bfloat16_stays_within_its_rounding_of_float32(stride):
     args = inputs(7, 6, jnp.bfloat16, stride=stride)
-    ours = run(*args, stride, 'shifted')
-    exact = run(*(a.astype(jnp.float32) for a in args), stride, 'lax')
+    ours = run(*args, stride, "shifted")
+    exact = run(*(a.astype(jnp.float32) for a in args), stride, "lax")
     for value, reference in zip(ours, exact, strict=True):
         assert value.dtype == jnp.bfloat16
         error = jnp.abs(value.astype(jnp.float32) - reference).max()
@@ -61,27 +61,28 @@ def test_forward_matches_a_numpy_loop():
             patch = padded[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3]
             expected[:, row, column] = (patch * np.asarray(kernel)).sum((1, 2))
     np.testing.assert_allclose(
-        depthwise_conv3x3(x, kernel, stride=2, implementation='shifted'), expected, atol=1e-5
+        depthwise_conv3x3(x, kernel, stride=2, implementation="shifted"), expected, atol=1e-5
     )
 
 
-@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
 def test_sharded_batch_gives_the_same_without_gathering_it(stride):
     args = inputs(6, 6, b=16, stride=stride)
-    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
-    by_image, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (('data',), ()))
-    sharded = [jax.device_put(a, s) for a, s in zip(args, (by_image, copied, by_image))]
-    step = jax.jit(run, static_argnums=(3, 4)).lower(*sharded, stride, 'shifted').compile()
-    assert 'all-gather' not in step.as_text()
-    for ours, theirs in zip(step(*sharded), run(*args, stride, 'lax'), strict=True):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    by_image, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    places = (by_image, copied, by_image)
+    sharded = [jax.device_put(a, place) for a, place in zip(args, places, strict=True)]
+    step = jax.jit(run, static_argnums=(3, 4)).lower(*sharded, stride, "shifted").compile()
+    assert "all-gather" not in step.as_text()
+    for ours, theirs in zip(step(*sharded), run(*args, stride, "lax"), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
 
 
 def test_wrong_arguments_raise():
     x, kernel, _ = inputs(4, 4)
-    with pytest.raises(ValueError, match='stride must be 1 or 2, not 3'):
+    with pytest.raises(ValueError, match="stride must be 1 or 2, not 3"):
         depthwise_conv3x3(x, kernel, stride=3)
-    with pytest.raises(ValueError, match=r'\(3, 3, 4\), but 5 channels'):
+    with pytest.raises(ValueError, match=r"\(3, 3, 4\), but 5 channels"):
         depthwise_conv3x3(x, kernel[..., :4], stride=1)
     with pytest.raises(ValueError, match="not 'cuda'"):
-        depthwise_conv3x3(x, kernel, stride=1, implementation='cuda')
+        depthwise_conv3x3(x, kernel, stride=1, implementation="cuda")
