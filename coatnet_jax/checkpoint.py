@@ -152,10 +152,11 @@ def load_backbone(run_dir: Path, variables: dict[str, Any]) -> dict[str, Any]:
     for kind in ("params", "batch_stats"):
         if "backbone" not in loaded[kind]:
             raise ValueError(f"{run_dir} (step {step}) has no backbone in its {kind}")
-        source = adapt_relative_bias(loaded[kind]["backbone"], variables[kind]["backbone"])
-        _check_same(
-            source, variables[kind]["backbone"], saved_name=str(run_dir), model_name="this model"
-        )
+        source, like = loaded[kind]["backbone"], variables[kind]["backbone"]
+        names = {"saved_name": str(run_dir), "model_name": "this model"}
+        _check_same(source, like, resizable="relative_bias", **names)
+        source = adapt_relative_bias(source, like)
+        _check_same(source, like, **names)
         merged[kind] = {**variables[kind], "backbone": source}
     return merged
 
@@ -197,10 +198,20 @@ def _shapes(manager: ocp.CheckpointManager, step: int, item: str) -> Any:
         return checkpointer.metadata(folder).item_metadata.tree
 
 
-def _check_same(saved, model, *, saved_name: str, model_name: str) -> None:
-    """Raise ValueError that lists up to four differences in names and shapes, with both sides."""
+def _check_same(
+    saved, model, *, saved_name: str, model_name: str, resizable: str | None = None
+) -> None:
+    """Raise ValueError that lists up to four differences in names and shapes, with both sides.
+
+    Of leaves that are called `resizable` only the last dimension has to agree.
+    """
+
+    def shape(name: str, leaf) -> tuple[int, ...]:
+        free = resizable is not None and name.endswith(resizable)
+        return tuple(leaf.shape)[-1:] if free else tuple(leaf.shape)
+
     there, here = (
-        {keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+        {name: shape(name, leaf) for path, leaf in leaves for name in [_leaf_name(path)]}
         for leaves in (jax.tree.leaves_with_path(saved), jax.tree.leaves_with_path(model))
     )
     differing = [
@@ -214,6 +225,10 @@ def _check_same(saved, model, *, saved_name: str, model_name: str) -> None:
             f"the checkpoint {saved_name} does not fit {model_name}: "
             f"{'; '.join(differing[:4])}{more}; use the config.model it was trained with"
         )
+
+
+def _leaf_name(path) -> str:
+    return keystr(path, simple=True, separator="/")
 
 
 def _first_line(error: Exception) -> str:

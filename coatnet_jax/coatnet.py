@@ -72,8 +72,9 @@ class CoAtNet(nn.Module):
     def __call__(
         self, images: Float[Array, "b h w 3"], *, train: bool, return_map: bool = False
     ) -> Float[Array, "b d"] | tuple[Float[Array, "b d"], Float[Array, "b h32 w32 d"]]:
-        """Returns float32 features [b, D], and before them in the same pass, with `return_map`,
-        the last feature map [b, ceil(h/32), ceil(w/32), D] that they are the mean of.
+        """Returns float32 features [b, D]: the mean of the last feature map, layer-normed.
+
+        With `return_map` also that map, float32 [b, ceil(h/32), ceil(w/32), D], as the second.
 
         Any height and width of at least 32 will do. Raises ValueError for anything else and for
         parameters that were made for another image size (see `adapt_relative_bias`).

@@ -104,7 +104,7 @@ def finetune_train_step(
     metrics = {
         "loss": loss,
         "mae": jnp.mean(jnp.abs(off)),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     return apply_gradients(state, grads, batch_stats, tx=tx, ema=ema), metrics
 

@@ -97,9 +97,9 @@ class Progress:
             f"ETA {duration((self.total - step) / self.rate)} | {values}"
         )
 
-    def pause(self) -> None:
-        """Leave what happened since the last line (an evaluation, a save) out of the next rate."""
-        self.time = time.perf_counter()
+    def pause(self, step: int) -> None:
+        """Measure the next rate from now on: an evaluation or a save at `step` is no part of it."""
+        self.step, self.time = step, time.perf_counter()
 
 
 def duration(seconds: float) -> str:

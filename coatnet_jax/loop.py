@@ -88,7 +88,7 @@ def train(
                 values = " ".join(f"{key} {value:.4g}" for key, value in scores.items())
                 print(f"[{name}] validation at step {step}: {values}", flush=True)
             checkpoints.save(state, iterator.get_state(), scores)
-            progress.pause()
+            progress.pause(step)
             if _out_of_patience(log, checkpoints.metric, schedule):
                 print(f"[{name}] no better for {schedule.patience} evaluations: done", flush=True)
                 return state, True

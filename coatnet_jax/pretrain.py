@@ -89,7 +89,7 @@ def pretrain_train_step(
         return loss, (metrics, mutated["batch_stats"])
 
     (loss, (metrics, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    metrics = {"loss": loss, **metrics, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
     return apply_gradients(state, grads, batch_stats, tx=tx), metrics
 
 

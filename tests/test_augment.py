@@ -87,9 +87,7 @@ def _ramps(count, height, width):
 
 @pytest.mark.parametrize("shape", [(64, 64), (40, 80)])
 def test_crops_keep_to_their_area_ratio_and_flip_probability(shape):
-    view = _simclr(
-        _ramps(512, *shape), size=16, crop=(0.3, 0.7), ratio=(0.8, 1.25), flip_prob=0.5
-    )
+    view = _simclr(_ramps(512, *shape), size=16, crop=(0.3, 0.7), ratio=(0.8, 1.25), flip_prob=0.5)
     # Three times the pixels that one step in the view covers.
     step = (_pixels(view)[:, 12, 12] - _pixels(view)[:, 3, 3]) / 9
     width, height = np.abs(step[:, 0]) * 16 / 3, step[:, 1] * 16 / 3
@@ -145,7 +143,9 @@ def test_colour_steps_match_torchvisions_formulas(faces):
         }
         for name, expected in results.items():
             np.testing.assert_allclose(
-                _render(faces[1], **{name: factor}), np.clip(expected, 0, 255), atol=0.01,
+                _render(faces[1], **{name: factor}),
+                np.clip(expected, 0, 255),
+                atol=0.01,
                 err_msg=name,
             )
 

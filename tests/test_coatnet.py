@@ -39,6 +39,18 @@ def shapes(model, size=224):
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
+def filled(shapes, seed=0):
+    """Random arrays of these shapes; quicker than compiling `init`."""
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        vector = leaf.ndim == 1
+        values = rng.uniform(0.5, 1.5, leaf.shape) if vector else rng.normal(0, 0.2, leaf.shape)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree.map(fill, shapes)
+
+
 def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -50,7 +62,8 @@ def images():
 
 @pytest.fixture(scope="module")
 def variables(images):
-    return jax.jit(lambda x: CoAtNet(TINY).init(jax.random.key(1), x, train=False))(images)
+    init = CoAtNet(TINY).init
+    return filled(jax.eval_shape(lambda x: init(jax.random.key(1), x, train=False), images))
 
 
 @pytest.mark.parametrize(
@@ -101,20 +114,25 @@ def test_features_are_the_normed_mean_of_the_map(images, variables):
         variables, images
     )
     mean = np.asarray(last).mean((1, 2))
-    expected = (mean - mean.mean(1, keepdims=True)) / np.sqrt(mean.var(1, keepdims=True) + 1e-6)
+    normed = (mean - mean.mean(1, keepdims=True)) / np.sqrt(mean.var(1, keepdims=True) + 1e-6)
+    norm = variables["params"]["norm"]
+    expected = normed * norm["scale"] + norm["bias"]
     np.testing.assert_allclose(features, expected, atol=1e-4)
 
 
-def test_wrong_images_raise(images, variables):
-    model = CoAtNet(TINY)
+def test_wrong_images_raise(variables):
+    def run(*shape, dtype="float32", of=jnp.float32):
+        model, images = CoAtNet(TINY, dtype=dtype), jax.ShapeDtypeStruct(shape, of)
+        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
+
     with pytest.raises(ValueError, match="31x40 is too small"):
-        model.init(jax.random.key(0), jnp.zeros((1, 31, 40, 3)), train=False)
+        run(1, 31, 40, 3)
     with pytest.raises(ValueError, match="takes float images"):
-        model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8), train=False)
-    with pytest.raises(ValueError, match="hold 15 .* need 21; resize the tables"):
-        model.apply(variables, jnp.zeros((1, 64, 32, 3)), train=False)
+        run(1, 48, 32, 3, of=jnp.uint8)
+    with pytest.raises(ValueError, match="hold 15 .* gives 4x2 tokens, which need 21; resize"):
+        run(1, 64, 32, 3)
     with pytest.raises(ValueError, match="not 'float16'"):
-        CoAtNet(TINY, dtype="float16").init(jax.random.key(0), images, train=False)
+        run(1, 48, 32, 3, dtype="float16")
 
 
 def test_pool_means_what_is_there():
@@ -155,13 +173,13 @@ def test_resized_bias_keeps_a_plane_and_its_centre():
 
 
 def test_adapted_weights_run_at_another_size_and_others_are_untouched():
-    model, small, large = CoAtNet(TINY), jnp.ones((1, 32, 32, 3)), jnp.ones((1, 64, 64, 3))
-    params = jax.jit(lambda: model.init(jax.random.key(0), small, train=False))()
-    like = jax.eval_shape(lambda: model.init(jax.random.key(0), large, train=False))
+    model = CoAtNet(TINY)
+    params, like = filled(shapes(model, 32)), shapes(model, 64)
     adapted = adapt_relative_bias(params["params"], like["params"])
     same = jax.tree.map(lambda a, b: a.shape == b.shape, adapted, like["params"])
     assert all(jax.tree.leaves(same))
     assert adapted["stem"] == params["params"]["stem"]
+    large = jnp.ones((1, 64, 64, 3))
     jax.eval_shape(lambda v: model.apply(v, large, train=False), {**params, "params": adapted})
     # Wrapped in a model, and back again: a table that grew gives up its old points again.
     back = adapt_relative_bias({"backbone": adapted}, {"backbone": params["params"]})["backbone"]
@@ -197,7 +215,10 @@ def test_bfloat16_keeps_float32_parameters_and_is_near(images, variables):
     model = CoAtNet(TINY, dtype="bfloat16")
     made = jax.eval_shape(lambda x: model.init(jax.random.key(1), x, train=False), images)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(made)} == {"float32"}
-    exact, near = (m.apply(variables, images, train=False) for m in (CoAtNet(TINY), model))
+    exact, near = (
+        jax.jit(lambda v, x, m=m: m.apply(v, x, train=False))(variables, images)
+        for m in (CoAtNet(TINY), model)
+    )
     assert near.dtype == jnp.float32
     assert 0 < jnp.abs(exact - near).max() < 0.15
 

@@ -30,9 +30,7 @@ def _nt_xent_loop(z, temperature, decoupled):
 def test_nt_xent_matches_optax(temperature):
     z = _z()
     labels = jnp.tile(jnp.arange(6), 2)  # optax wants the same label on the rows of a pair
-    ours, gradient = jax.value_and_grad(
-        lambda z: losses.nt_xent(z, temperature=temperature)[0]
-    )(z)
+    ours, gradient = jax.value_and_grad(lambda z: losses.nt_xent(z, temperature=temperature)[0])(z)
     theirs, their_gradient = jax.value_and_grad(optax.losses.ntxent)(z, labels, temperature)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     np.testing.assert_allclose(gradient, their_gradient, atol=1e-5)

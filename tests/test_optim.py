@@ -57,7 +57,8 @@ def test_decay_mask_leaves_out_biases_norms_and_relative_bias_tables():
     backbone = mask["backbone"]
     assert backbone["stem"]["conv1"] == {"kernel": True, "bias": False}
     assert backbone["stage4_block0"] == {
-        "mlp": {"kernel": True, "bias": False}, "relative_bias": False
+        "mlp": {"kernel": True, "bias": False},
+        "relative_bias": False,
     }
     assert backbone["norm"] == {"scale": False, "bias": False}
     assert mask["head"]["gamma"] is False
@@ -69,8 +70,13 @@ def test_layer_scales_fall_from_the_head_to_the_stem():
     assert scales["head"]["age"]["kernel"] == 1
     backbone = {k: set(jax.tree.leaves(v)) for k, v in scales["backbone"].items()}
     assert backbone == {
-        "norm": {1.0}, "stage4_block0": {0.5}, "stage3_block0": {0.25}, "stage2_block0": {0.125},
-        "stage1_block1": {0.0625}, "stage1_block0": {0.03125}, "stem": {0.015625},
+        "norm": {1.0},
+        "stage4_block0": {0.5},
+        "stage3_block0": {0.25},
+        "stage2_block0": {0.125},
+        "stage1_block1": {0.0625},
+        "stage1_block0": {0.03125},
+        "stem": {0.015625},
     }
 
 
@@ -111,7 +117,11 @@ def test_layer_decay_scales_the_step_of_every_layer():
 def test_frozen_leaves_do_not_move_by_a_bit_and_have_no_memory(train_from, trained):
     params = _params()
     tx = optim.create_optimizer(
-        params, learning_rate=0.1, weight_decay=0.3, clip_norm=1.0, layer_decay=0.7,
+        params,
+        learning_rate=0.1,
+        weight_decay=0.3,
+        clip_norm=1.0,
+        layer_decay=0.7,
         train_from=train_from,
     )
     new, state = params, None
@@ -126,9 +136,7 @@ def test_frozen_leaves_do_not_move_by_a_bit_and_have_no_memory(train_from, train
         (still if np.array_equal(a, b) else moved).add(name)
     assert moved == trained and not moved & still
     frozen = jax.tree.leaves(optim.freeze_mask(params, train_from))
-    elements = sum(
-        p.size for p, f in zip(jax.tree.leaves(params), frozen, strict=True) if not f
-    )
+    elements = sum(p.size for p, f in zip(jax.tree.leaves(params), frozen, strict=True) if not f)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     assert moments == 2 * elements
 
@@ -186,9 +194,7 @@ def test_lars_trust_ratio_matches_numpy():
 
 def test_clipping_holds_the_global_norm():
     params = _params()
-    tx = optim.create_optimizer(
-        params, name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=0.25
-    )
+    tx = optim.create_optimizer(params, name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=0.25)
     updates, _ = _step(tx, params, _grads(params, 3.0))
     norm = np.sqrt(sum(np.sum(np.square(u)) for u in jax.tree.leaves(updates)))
     assert norm == pytest.approx(0.25, rel=1e-5)

@@ -3,39 +3,42 @@
 import json
 import shutil
 import time
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
-from coatnet_jax import coatnet, finetune, loop, pretrain
+from coatnet_jax import coatnet, finetune, inference, loop, pretrain, sharding, stage
 from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.config import load_config
 from coatnet_jax.main import main
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_atto():
-    """`coatnet_atto` with fewer blocks: what is tested here is the run, and compile time is most
-    of the time."""
-    before = coatnet.VARIANTS["coatnet_atto"]
-    coatnet.VARIANTS["coatnet_atto"] = coatnet.CoAtNetConfig((8, 8, 16, 32, 32), (1, 1, 1, 1, 1))
-    yield
-    coatnet.VARIANTS["coatnet_atto"] = before
+def quick_compiles(tmp_path_factory):
+    """A small `coatnet_atto` on one device, compiled once for all runs of a kind: what is tested
+    here is the run, and compile time is most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = coatnet.CoAtNetConfig((8, 8, 16, 32, 32), (1, 1, 1, 1, 1))
+        patch.setitem(coatnet.VARIANTS, "coatnet_atto", small)
+        for user in (stage, inference):
+            patch.setattr(user, "make_mesh", partial(sharding.make_mesh, 1))
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
-def tiny(stage, root, **changes):
-    config = load_config(f"{stage}:atto,drawn,tiny")
+def tiny(kind, root, **changes):
+    config = load_config(f"{kind}:atto,drawn,tiny")
     config.data.root = str(root)
     config.batch_size = 16
     config.epochs = 1.2  # 8 steps of 7 an epoch: the batches run over the epoch's end
     config.monitor.every_epochs = 0.43  # every 3 steps
     config.model.image_size = 32
-    config.projection = {"layers": 2, "hidden": 16, "out": 8} if stage == "pretrain" else None
-    if stage == "finetune":
-        del config.projection
-    with config.unlocked():
-        config.update_from_flattened_dict(changes)
+    if kind == "pretrain":
+        config.projection.update(layers=2, hidden=16, out=8)
+    config.update_from_flattened_dict(changes)
     return config
 
 
@@ -162,8 +165,8 @@ def call(capsys, *argv):
 
 def test_command_line_errors_are_one_line(drawn_root, pretrained, tmp_path, capsys):
     root = f"--config.data.root={drawn_root}"
-    pre = ["pretrain", "--config=pretrain:atto,drawn", root, "--workdir=x"]
-    fine = ["finetune", "--config=finetune:atto,drawn", root, "--workdir=x"]
+    pre = ["pretrain", "--config=pretrain:atto,drawn", root, f"--workdir={tmp_path}/x"]
+    fine = ["finetune", "--config=finetune:atto,drawn", root, f"--workdir={tmp_path}/x"]
     broken = tmp_path / "broken"
     shutil.copytree(pretrained, broken)
     for file in (broken / "checkpoints").rglob("manifest.ocdbt"):
@@ -173,11 +176,15 @@ def test_command_line_errors_are_one_line(drawn_root, pretrained, tmp_path, caps
     commands = [
         ["prepare", str(tmp_path / "missing.zip"), "--root", str(tmp_path)],
         ["prepare", str(empty), "--root", str(tmp_path)],
-        ["pretrain", "--config=pretrain:atto", f"--config.data.root={empty}", "--workdir=x"],
-        ["pretrain", "--config=finetune:atto,drawn", root, "--workdir=x"],
+        [
+            "pretrain",
+            "--config=pretrain:atto",
+            f"--config.data.root={empty}",
+            f"--workdir={tmp_path}/x",
+        ],
+        ["pretrain", "--config=finetune:atto,drawn", root, f"--workdir={tmp_path}/x"],
         [*pre, "--config.model.name=coatnet_9"],
         [*pre, "--config.optim.name=adam"],
-        [*pre, "--config.batch_size=100"],
         [*fine, "--config.loss.name=kl"],
         [*fine, "--config.init_from=nowhere"],
         [*fine, f"--config.init_from={broken}"],
