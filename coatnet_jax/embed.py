@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from coatnet_jax import plots
 from coatnet_jax.ages import age_class
 from coatnet_jax.inference import load_run, predict_split, random_run
+from coatnet_jax.logs import environment
 from coatnet_jax.metrics import knn_mae, mae
 from coatnet_jax.pages import write_csv, write_json, write_report
 from input_pipeline.pipeline import open_split
@@ -73,6 +74,7 @@ def run(
         "split": split,
         "splits": splits,
         "fingerprint": faces.fingerprint,
+        "environment": environment(),
         "knn_reference": knn_reference,
         "images": len(faces),
         "perplexity": perplexity,

@@ -15,8 +15,10 @@ from jaxtyping import Float, Int
 from coatnet_jax import plots
 from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, median_age
 from coatnet_jax.inference import load_run, predict_split
+from coatnet_jax.logs import environment
 from coatnet_jax.metrics import accuracy, balanced_accuracy, confusion_matrix, cumulative_score, mae
 from coatnet_jax.pages import percent, write_csv, write_json, write_report
+from coatnet_jax.terms import data_terms
 from input_pipeline.pipeline import open_split
 
 
@@ -57,10 +59,12 @@ def run(
         "step": int(model.step),
         "which": which,
         "data": str(data_folder),
+        "data_name": Path(data_folder).name,
         "split": split,
         "splits": splits,
         "fingerprint": faces.fingerprint,
         "flip": flip,
+        "environment": environment(),
         **score(p, age, train_age=train.labels["age"]),
     }
     if model.has_attributes:
@@ -333,6 +337,7 @@ def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
                 {"table": result["bands"], "note": "mae and bias (predicted − true) in years"},
             ],
         },
+        {"title": "Terms", "blocks": [{"text": data_terms(result.get("data_name", ""))}]},
     ]
 
 

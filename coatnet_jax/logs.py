@@ -25,18 +25,25 @@ def write_run_info(
     workdir.mkdir(parents=True, exist_ok=True)
     save_config(config, workdir / "config.json")
     info = {
-        "command": " ".join(sys.argv),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "stage": config.stage,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "parameters": parameters,
         "data_fingerprint": data_fingerprint,
+        **environment(),
+    }
+    (workdir / "run.json").write_text(json.dumps(info, indent=2) + "\n")
+
+
+def environment() -> dict:
+    """What a result depends on besides config and data: command, revision, versions, machine."""
+    return {
+        "command": " ".join(sys.argv),
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
         "machine": f"{platform.machine()} {platform.processor()}".strip(),
     }
-    (workdir / "run.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
 def update_run_info(workdir: Path, **values) -> None:

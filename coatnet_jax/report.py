@@ -11,18 +11,11 @@ from typing import Any
 
 from coatnet_jax import embed, evaluate, plots
 from coatnet_jax.pages import cell, percent, write_report
+from coatnet_jax.terms import data_terms
 
 __all__ = ["run_report", "write_report"]
 
 STAGES = (("pretrain", "Pre-training"), ("finetune", "Fine-tuning"))
-DRAWN = (
-    "**The faces are drawn by this program, not photos of people.** The figures show that every "
-    "stage works; they say nothing of how well ages of real faces are estimated."
-)
-UTKFACE = (
-    "The faces are of UTKFace, which its authors give for non-commercial research only; the "
-    "pictures may not be passed on. What was trained on them falls under the same terms."
-)
 LOCAL = "This page holds pictures of faces: it is meant for this machine, so do not publish it."
 # Keys of a config that tell one run from another, in the order of the table.
 HYPERPARAMETERS = (
@@ -102,10 +95,10 @@ def short_blocks(
                 "with an untrained backbone."
             }
         )
-    if data.get("name", "").startswith("drawn"):
-        blocks.append({"text": DRAWN})
-    else:
-        blocks.append({"text": f"{UTKFACE} {LOCAL}" if data.get("name") == "utkface" else LOCAL})
+    name = data.get("name", "")
+    blocks.append({"text": data_terms(name)})
+    if not name.startswith("drawn"):
+        blocks.append({"text": LOCAL})
     return blocks
 
 

@@ -17,6 +17,7 @@ from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
 from coatnet_jax.optim import create_optimizer, warmup_cosine
 from coatnet_jax.paths import data_folder
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
+from coatnet_jax.terms import model_card
 from coatnet_jax.train_state import create_train_state, init_variables
 from input_pipeline.pipeline import Faces, open_split, train_loader
 
@@ -130,6 +131,10 @@ def run_stage(
         write_run_info(
             workdir, config, data_fingerprint=setting.train_faces.fingerprint, parameters=parameters
         )
+        card = model_card(
+            config, parameters=parameters, fingerprint=setting.train_faces.fingerprint
+        )
+        (workdir / "MODEL_CARD.md").write_text(card)
         _copy_data_report(setting)
     print(
         f"[{config.stage}] {config.model.name}, {parameters / 1e6:.2f} M parameters, "

@@ -119,6 +119,7 @@ def test_run_writes_what_reproduces_it(finetuned):
     assert info["versions"]["jax"] == jax.__version__
     config = json.loads((finetuned / "config.json").read_text())
     assert config["model"]["name"] == "coatnet_atto"
+    assert "drawn by this program" in (finetuned / "MODEL_CARD.md").read_text()
 
 
 def test_fine_tuning_starts_from_the_pretrained_backbone(drawn_root, pretrained, tmp_path):

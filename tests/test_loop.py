@@ -1,0 +1,110 @@
+"""The training loop by itself, with steps that only count: stops, early stopping, checkpoints."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from coatnet_jax import loop
+from coatnet_jax.checkpoint import Checkpoints, load_variables
+from coatnet_jax.logs import MetricsLog
+from coatnet_jax.sharding import make_mesh
+from coatnet_jax.train_state import create_train_state
+
+
+class Batches:
+    """An endless iterator whose place can be saved."""
+
+    def __init__(self):
+        self.place = 0
+
+    def __next__(self):
+        self.place += 1
+        return {"x": np.full(8, self.place, np.float32)}
+
+    def get_state(self):
+        return {"place": self.place}
+
+    def set_state(self, state):
+        self.place = state["place"]
+
+
+def count(state, batch):
+    """Adds the batch's number to the parameter."""
+    params = {"w": state.params["w"] + batch["x"][0]}
+    return state.replace(step=state.step + 1, params=params), {"loss": params["w"]}
+
+
+def train(workdir, scores, *, train_step=count, **changes):
+    """(state, finished) of a run whose evaluations give `scores`, one after the other."""
+    schedule = {"total_steps": 20, "steps_per_epoch": 4, "evaluate_every": 2, "log_every": 1}
+    schedule = loop.Schedule(**{**schedule, "batch_size": 8, "patience": 3, **changes})
+    variables = {"params": {"w": jnp.zeros(())}, "batch_stats": {}}
+    checkpoints = Checkpoints(workdir, metric="mae")
+    done = len(MetricsLog(workdir).rows("validation"))
+    scores = iter(scores[done:])
+    try:
+        return loop.train(
+            create_train_state(jax.random.key(0), variables, optax.sgd(1.0)),
+            Batches(),
+            name="test",
+            train_step=train_step,
+            evaluate=lambda state: {"mae": next(scores)},
+            mesh=make_mesh(1),
+            schedule=schedule,
+            checkpoints=checkpoints,
+            log=MetricsLog(workdir),
+        )
+    finally:
+        checkpoints.close()
+
+
+SCORES = [9.0, 5.0, 6.0, 7.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_early_stopping_keeps_the_best_and_the_latest(tmp_path):
+    state, finished = train(tmp_path, SCORES)
+    assert finished and int(state.step) == 10  # 5.0 at step 4, then three that are no better
+    assert load_variables(tmp_path, which="best")[1] == 4
+    assert load_variables(tmp_path, which="latest")[1] == 10
+    best = load_variables(tmp_path, which="4")[0]["params"]["w"]
+    assert float(best) == 1 + 2 + 3 + 4
+    # The same command again knows from the log that the run is over.
+    state, finished = train(tmp_path, SCORES)
+    assert finished and int(state.step) == 10
+
+
+def test_sigterm_saves_and_the_next_call_goes_on(tmp_path):
+    def terminated(state, batch):
+        if int(batch["x"][0]) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return count(state, batch)
+
+    scores = [10.0 - i for i in range(10)]
+    state, finished = train(tmp_path / "a", scores, train_step=terminated)
+    assert not finished and int(state.step) == 7
+    state, finished = train(tmp_path / "a", scores)
+    assert finished and float(state.params["w"]) == sum(range(1, 21))
+    train(tmp_path / "b", scores)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in "ab"]
+    assert logs[0] == logs[1]
+
+
+def test_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+    def diverging(state, batch):
+        state, metrics = count(state, batch)
+        return state, {"loss": jnp.where(state.step > 4, jnp.nan, metrics["loss"])}
+
+    with pytest.raises(ValueError, match="not finite at step 5"):
+        train(tmp_path, SCORES, train_step=diverging)
+    assert load_variables(tmp_path, which="latest")[1] == 4
+
+
+def test_unknown_checkpoint_is_refused_with_the_known_ones(tmp_path):
+    train(tmp_path, SCORES)
+    with pytest.raises(ValueError, match=r"'12' in .*: choose best, latest or one of \[4, 10\]"):
+        load_variables(tmp_path, which="12")
