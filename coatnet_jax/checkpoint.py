@@ -6,7 +6,6 @@ data). Evaluation reads the first two and never needs the optimizer to be known.
 """
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +158,6 @@ def load_backbone(run_dir: Path, variables: dict[str, Any]) -> dict[str, Any]:
         _check_same(source, like, **names)
         merged[kind] = {**variables[kind], "backbone": source}
     return merged
-
-
-def remove(workdir: Path) -> None:
-    """Delete a run's checkpoints."""
-    shutil.rmtree(workdir / FOLDER, ignore_errors=True)
 
 
 def _manager(workdir: Path, **options) -> ocp.CheckpointManager:

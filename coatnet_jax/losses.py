@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Float, Real
 
 from coatnet_jax.ages import N_AGES, expected_age
 
@@ -93,11 +93,6 @@ def mean_variance(
     variance = jnp.sum(p * (years - mean[:, None]) ** 2, axis=-1)
     squared = 0.5 * (mean - expected_age(target)) ** 2
     return cross_entropy(logits, target) + 0.2 * squared + 0.05 * variance
-
-
-def masked_cross_entropy(logits: Float[Array, "b k"], labels: Int[Array, "b"]) -> Float[Array, "b"]:
-    """Cross-entropy with integer labels, 0 where the label is negative (unknown)."""
-    return cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
 
 
 AGE_LOSSES: dict[str, Callable] = {

@@ -1,36 +1,10 @@
-"""Metrics: weighted sums that add up over batches and devices, and plain NumPy scores in years.
+"""Scores of whole splits, in NumPy; ages and errors in years.
 
-On the device a metric is a pair (weighted sum, weight): padding has weight 0, pairs of several
-batches add up, and the mean is taken once at the end. The NumPy scores work on whole splits; rows
-whose true label is negative (unknown) are left out of the class scores.
+Rows whose true label is negative (unknown) are left out of the class scores.
 """
 
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
-
-Pair = tuple[Float[Array, ""], Float[Array, ""]]
-
-
-def weighted(values: Float[Array, "b"], weight: Float[Array, "b"]) -> Pair:
-    """(sum of weight * values, sum of weight); a row of weight 0 counts for nothing, even NaN."""
-    weight = weight.astype(jnp.float32)
-    counted = jnp.where(weight > 0, values.astype(jnp.float32), 0.0)
-    return jnp.sum(counted * weight), jnp.sum(weight)
-
-
-def merge(a: Any, b: Any) -> Any:
-    """Two pairs, or two dicts of pairs with the same keys, added up."""
-    return jax.tree.map(lambda x, y: x + y, a, b)
-
-
-def compute(pairs: dict[str, Pair]) -> dict[str, float]:
-    """The weighted mean of each pair as a float; NaN where nothing was counted."""
-    values = jax.device_get(pairs)
-    return {k: float(s) / float(w) if w else float("nan") for k, (s, w) in values.items()}
+from jaxtyping import Float, Int
 
 
 def mae(true: Float[np.ndarray, "n"], predicted: Float[np.ndarray, "n"]) -> float:

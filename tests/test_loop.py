@@ -78,6 +78,11 @@ def test_early_stopping_keeps_the_best_and_the_latest(tmp_path):
     assert finished and int(state.step) == 10
 
 
+def test_equal_is_no_better(tmp_path):
+    state, finished = train(tmp_path, [5.0] * 10)
+    assert finished and int(state.step) == 8  # the first, then three that only equal it
+
+
 def test_sigterm_saves_and_the_next_call_goes_on(tmp_path):
     def terminated(state, batch):
         if int(batch["x"][0]) == 7:

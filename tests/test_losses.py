@@ -127,19 +127,19 @@ def test_mean_variance_matches_the_papers_terms():
     np.testing.assert_allclose(losses.mean_variance(logits, target), expected, rtol=1e-4)
 
 
-def test_masked_cross_entropy_skips_unknown_labels():
-    logits = _z(4, 5)
-    labels = np.array([2, -1, 0, -1], np.int32)
-    expected = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    loss = losses.masked_cross_entropy(logits, labels)
-    np.testing.assert_allclose(loss, np.where(labels < 0, 0, expected), rtol=1e-5)
-    gradient = jax.grad(lambda x: losses.masked_cross_entropy(x, labels).sum())(logits)
-    assert not np.any(gradient[labels < 0]) and np.any(gradient[labels >= 0])
-
-
 def test_unknown_age_loss_is_answered_with_the_nearest_name():
     assert losses.get_age_loss("kl_l1") is losses.kl_l1
     with pytest.raises(ValueError, match="did you mean mean_variance"):
         losses.get_age_loss("mean_varience")
     with pytest.raises(ValueError, match="choose from cross_entropy, kl_l1, mean_variance"):
         losses.get_age_loss("zzz")
+
+
+def test_target_row_of_zeros_counts_for_nothing():
+    logits, target = _z(4, 5), np.eye(5, dtype=np.float32)[[2, 0, 1, 3]]
+    target[1] = 0  # an unknown label
+    loss = losses.cross_entropy(logits, target)
+    expected = optax.losses.softmax_cross_entropy(logits, target)
+    np.testing.assert_allclose(loss, np.where([0, 1, 0, 0], 0, expected), rtol=1e-5)
+    gradient = jax.grad(lambda x: losses.cross_entropy(x, target).sum())(logits)
+    assert not np.any(gradient[1]) and np.all(np.any(gradient[[0, 2, 3]], axis=1))
