@@ -142,4 +142,4 @@ def test_target_row_of_zeros_counts_for_nothing():
     expected = optax.losses.softmax_cross_entropy(logits, target)
     np.testing.assert_allclose(loss, np.where([0, 1, 0, 0], 0, expected), rtol=1e-5)
     gradient = jax.grad(lambda x: losses.cross_entropy(x, target).sum())(logits)
-    assert not np.any(gradient[1]) and np.all(np.any(gradient[[0, 2, 3]], axis=1))
+    assert not np.any(gradient[1]) and np.all(np.any(np.delete(gradient, 1, axis=0), axis=1))
