@@ -97,6 +97,7 @@ class Progress:
         # A moving average: one slow stretch (an evaluation, another process) is not the forecast.
         self.rate = rate if self.rate is None else 0.7 * self.rate + 0.3 * rate
         self.step, self.time = step, now
+        metrics = {"loss": metrics["loss"], **metrics}  # first, wherever jit put it
         values = " ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         return (
             f"[{self.name}] step {step}/{self.total} epoch {step / self.steps_per_epoch:.2f} "
