@@ -11,7 +11,7 @@ from input_pipeline.pipeline import open_split
 from input_pipeline.prepare import prepare
 from input_pipeline.synthetic_faces import write_drawn_faces
 
-DRAWN, TINY_DRAWN = 2400, 400  # faces
+DRAWN, TINY_DRAWN = 3000, 400  # faces
 
 
 def run(data: list[str] | None, workdir: Path, *, root: str = "", tiny: bool = False) -> Path:

@@ -52,12 +52,6 @@ def _prepare_process() -> None:
 
     keep_freed_memory()
     flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl's flags
-    # XLA runs element-wise CPU code on one core a device: with a device for each core (a power of
-    # two of them, so that batches divide) a step uses all of them. Accelerators are not affected.
-    count = "--xla_force_host_platform_device_count"
-    if count not in os.environ.get("XLA_FLAGS", ""):
-        devices = 1 << min(3, (os.cpu_count() or 1).bit_length() - 1)
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}={devices}".strip()
     # What was compiled once is read back the next time: a resumed run starts in seconds.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home() / "compiled"))
 

@@ -83,7 +83,7 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     if "drawn" in words:
         data.name, data.image_size = "drawn", 64
         config.model.image_size = 48
-        config.epochs, config.batch_size, optim.warmup_epochs = 12, 128, 1.0
+        config.epochs, config.batch_size, optim.warmup_epochs = 8, 128, 1.0
         config.monitor.every_epochs, config.monitor.images = 4.0, 500
         augment.crop, augment.jitter = (0.5, 1.0), 0.3
         config.projection.hidden, config.projection.out = 256, 64
