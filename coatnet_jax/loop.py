@@ -65,6 +65,7 @@ def train(
         batch_size=schedule.batch_size,
     )
     started = time.monotonic()
+    first = step + 1
     pending = None  # metrics of the step before: fetched while the next one runs
     with _StopSignals() as stop:
         while step < schedule.total_steps:
@@ -74,11 +75,15 @@ def train(
                 _report(*pending, log=log, progress=progress, schedule=schedule)
             step += 1
             pending = (step, metrics)
+            if step == first:  # compiled at last: said at once, for whoever waits
+                _report(*pending, log=log, progress=progress, schedule=schedule)
+                pending = None
             overtime = 0 < schedule.max_minutes * 60 < time.monotonic() - started
             evaluating = step % schedule.evaluate_every == 0 or step == schedule.total_steps
             if not (evaluating or stop.requested or overtime):
                 continue
-            _report(*pending, log=log, progress=progress, schedule=schedule)
+            if pending is not None:
+                _report(*pending, log=log, progress=progress, schedule=schedule)
             pending, scores = None, None
             if evaluating:
                 scores = evaluate(state)
