@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from coatnet_jax.batchnorm import BatchNorm, gelu
@@ -57,6 +58,10 @@ class CoAtNet(nn.Module):
       dtype: of the computation, 'float32' or 'bfloat16'. Parameters, normalisation statistics,
         softmax and features are float32 in either.
       remat: recompute each block in the backward pass, for memory.
+      scan: run the equal blocks of a stage as a loop over their stacked weights, which are saved
+        apart as ever: one block is compiled for all. XLA's CPU compiler shares equal blocks anyway
+        and is no faster for it. Drop path draws other random numbers.
+      attention: 'xla' or 'cudnn' (NVIDIA GPUs: bfloat16, and an even number of tokens).
       frozen_below: the stages below this one (the stem is stage 0) run as in evaluation even while
         training: running BatchNorm statistics, which stay as they are, and no drop path. For
         stages whose parameters are frozen; 5 is the whole backbone.
@@ -66,6 +71,8 @@ class CoAtNet(nn.Module):
     drop_path: float = 0.0
     dtype: str = "float32"
     remat: bool = False
+    scan: bool = False
+    attention: str = "xla"
     frozen_below: int = 0
 
     @nn.compact
@@ -80,33 +87,73 @@ class CoAtNet(nn.Module):
         parameters that were made for another image size (see `adapt_relative_bias`).
         """
         _check_images(images, self.dtype)
-        widths, depths, dtype = self.config.widths, self.config.depths, jnp.dtype(self.dtype)
-        rates = iter(np.linspace(0.0, self.drop_path, sum(depths[1:])).tolist())
-        conv, attention = MBConv, functools.partial(Transformer, head_dim=self.config.head_dim)
-        if self.remat:
-            conv = nn.remat(MBConv, static_argnums=(2,))
-            attention = functools.partial(
-                nn.remat(Transformer, static_argnums=(2,)), head_dim=self.config.head_dim
-            )
+        config, dtype = self.config, jnp.dtype(self.dtype)
+        rates = np.split(
+            np.linspace(0.0, self.drop_path, sum(config.depths[1:])), np.cumsum(config.depths[1:4])
+        )
+        transformer = functools.partial(
+            Transformer, head_dim=config.head_dim, implementation=self.attention
+        )
 
         x = images.astype(dtype)
-        x = Stem(widths[0], depths[0], dtype=dtype, name="stem")(
+        x = Stem(config.widths[0], config.depths[0], dtype=dtype, name="stem")(
             x, train and self.frozen_below == 0
         )
         for stage in (1, 2, 3, 4):
-            block = conv if stage <= 2 else attention
-            for n in range(depths[stage]):
-                x = block(
-                    widths[stage],
-                    stride=2 if n == 0 else 1,
-                    drop_path=next(rates),
-                    dtype=dtype,
-                    name=f"stage{stage}_block{n}",
-                )(x, train and stage >= self.frozen_below)
+            block = functools.partial(
+                MBConv if stage <= 2 else transformer, config.widths[stage], dtype=dtype
+            )
+            training = train and stage >= self.frozen_below
+            first, *others = zip(
+                [f"stage{stage}_block{n}" for n in range(config.depths[stage])],
+                rates[stage - 1].tolist(),
+                strict=True,
+            )
+            x = self._run_block(functools.partial(block, stride=2), first, x, training)
+            block = functools.partial(block, stride=1)
+            if self.scan and len(others) > 1 and not self.is_initializing():
+                x = self._scan_blocks(block, others, x, training)
+                continue
+            for name_and_rate in others:
+                x = self._run_block(block, name_and_rate, x, training)
 
         x = x.astype(jnp.float32)
         features = nn.LayerNorm(epsilon=1e-6, name="norm")(x.mean((1, 2)))
         return (features, x) if return_map else features
+
+    def _run_block(self, block, name_and_rate, x, train):
+        name, rate = name_and_rate
+        module = block(drop_path=rate, name=name)
+        if self.remat:
+            return nn.remat(type(module).__call__, static_argnums=(2,))(module, x, train)
+        return module(x, train)
+
+    def _scan_blocks(self, block, names_and_rates, x, train):
+        """Runs equal blocks as a loop over their stacked variables; each keeps its own name."""
+        names, rates = zip(*names_and_rates, strict=True)
+        dropping = train and rates[-1] > 0
+        rng = self.make_rng("dropout") if dropping else jax.random.key(0)
+
+        def body(x, this):
+            variables, rate, n = this
+            # Without drop path the rate stays a Python zero, which asks for no random numbers.
+            module = block(drop_path=rate if dropping else 0.0, parent=None)
+            rngs = {"dropout": jax.random.fold_in(rng, n)}
+            x, new = module.apply(variables, x, train, mutable=["batch_stats"], rngs=rngs)
+            return x, new
+
+        trees = [
+            {kind: tree[name] for kind, tree in self.variables.items() if name in tree}
+            for name in names
+        ]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        body = jax.checkpoint(body) if self.remat else body
+        x, new = lax.scan(body, x, (stacked, jnp.asarray(rates), jnp.arange(len(names))))
+        if self.is_mutable_collection("batch_stats") and "batch_stats" in new:
+            for n, name in enumerate(names):
+                statistics = jax.tree.map(lambda leaf, n=n: leaf[n], new["batch_stats"])
+                self.put_variable("batch_stats", name, statistics)
+        return x
 
 
 def _check_images(images, dtype):
@@ -209,6 +256,7 @@ class Transformer(nn.Module):
     drop_path: float
     dtype: jnp.dtype
     head_dim: int
+    implementation: str = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 d"]:
@@ -220,7 +268,9 @@ class Transformer(nn.Module):
             shortcut, y = pool2x2(x), pool2x2(y)
         if x.shape[-1] != self.width:
             shortcut = dense(self.width, name="shortcut")(shortcut)
-        y = RelativeAttention(self.width, self.head_dim, dtype=self.dtype, name="attention")(y)
+        y = RelativeAttention(
+            self.width, self.head_dim, self.dtype, self.implementation, name="attention"
+        )(y)
         x = shortcut + DropPath(self.drop_path)(y, train)
 
         y = dense(EXPANSION * self.width, name="mlp1")(norm(name="norm2")(x))
@@ -234,6 +284,7 @@ class RelativeAttention(nn.Module):
     width: int
     head_dim: int
     dtype: jnp.dtype
+    implementation: str = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
@@ -246,11 +297,8 @@ class RelativeAttention(nn.Module):
 
         qkv = dense(3 * self.width, name="qkv")(x).reshape(b, h * w, 3, heads, self.head_dim)
         q, k, v = (qkv[:, :, n] for n in range(3))
-        logits = jnp.einsum("bqnd,bknd->bnqk", q * self.head_dim**-0.5, k)
-        logits = logits.astype(jnp.float32) + relative_bias(table, (h, w))
-        weights = jax.nn.softmax(logits).astype(self.dtype)
-        y = jnp.einsum("bnqk,bknd->bqnd", weights, v).reshape(b, h, w, self.width)
-        return dense(self.width, name="out")(y)
+        y = attend(q, k, v, relative_bias(table, (h, w)), implementation=self.implementation)
+        return dense(self.width, name="out")(y.reshape(b, h, w, self.width))
 
     def _check_table(self, h, w):
         if not self.has_variable("params", "relative_bias"):
@@ -267,14 +315,51 @@ class RelativeAttention(nn.Module):
             )
 
 
+def attend(
+    q: Float[Array, "b q n d"],
+    k: Float[Array, "b k n d"],
+    v: Float[Array, "b k n d"],
+    bias: Float[Array, "n q k"],
+    *,
+    implementation: str,
+) -> Float[Array, "b q n d"]:
+    """Attention of n heads with a bias on the logits; the softmax is float32, the result q's dtype.
+
+    Raises ValueError for an implementation but 'xla' and 'cudnn', and where cudnn cannot be used.
+    """
+    if implementation == "cudnn":
+        _check_cudnn(q)
+        return jax.nn.dot_product_attention(
+            q, k, v, bias=bias[None].astype(q.dtype), implementation="cudnn"
+        )
+    if implementation != "xla":
+        raise ValueError(f"attention must be 'xla' or 'cudnn', not {implementation!r}")
+    logits = jnp.einsum("bqnd,bknd->bnqk", q * q.shape[-1] ** -0.5, k)
+    weights = jax.nn.softmax(logits.astype(jnp.float32) + bias).astype(q.dtype)
+    return jnp.einsum("bnqk,bknd->bqnd", weights, v)
+
+
+def _check_cudnn(q):
+    if jax.default_backend() != "gpu" or q.dtype != jnp.bfloat16 or q.shape[1] % 2:
+        raise ValueError(
+            "attention 'cudnn' needs an NVIDIA GPU, bfloat16 and an even number of tokens in every "
+            f"stage, but here are {jax.default_backend()}, {q.dtype} and {q.shape[1]} tokens; use "
+            "attention 'xla', the word bf16 or another image size"
+        )
+
+
 class DropPath(nn.Module):
     """Drops the whole branch of some images while training (stochastic depth)."""
 
-    rate: float
+    rate: float | jax.Array
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        return nn.Dropout(self.rate, broadcast_dims=(1, 2, 3))(x, deterministic=not train)
+        if not train or (isinstance(self.rate, float) and self.rate == 0):
+            return x
+        keep = 1 - self.rate
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1, 1))
+        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), 0)
 
 
 class Dense(nn.Dense):

@@ -28,6 +28,10 @@ from input_pipeline.pipeline import Faces, eval_loader
 def build_model(config: ml_collections.ConfigDict) -> nn.Module:
     """The model of a run's config: SimCLRModel for pre-training, AgeModel for fine-tuning."""
     options = {"drop_path": config.model.drop_path, "dtype": config.model.dtype}
+    for name, default in (("remat", False), ("scan", False), ("attention", "xla")):
+        # Left at its default, an option is not asked of the models that lack it.
+        if (value := config.model.get(name, default)) != default:
+            options[name] = value
     if config.stage == "pretrain":
         projection = ProjectionHead(**config.projection.to_dict())
         return SimCLRModel(create_backbone(config.model.name, **options), projection)

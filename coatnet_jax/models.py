@@ -14,13 +14,14 @@ def create_backbone(
 ) -> nn.Module:
     """Makes the backbone `name`: images [b, h, w, 3] to float32 features [b, D].
 
-    `options` are further attributes of the module (of CoAtNet `remat` and `frozen_below`). Raises
-    ValueError for a name or an option that does not exist, with the nearest names.
+    `options` are further attributes of the module (of CoAtNet `remat`, `scan`, `attention` and
+    `frozen_below`). Raises ValueError for a name or an option that does not exist, with the nearest
+    names.
     """
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, BACKBONES, n=3) or BACKBONES
         raise ValueError(f"no backbone is called {name!r}; near: {', '.join(near)}")
-    known = ("remat", "frozen_below")
+    known = ("remat", "scan", "attention", "frozen_below")
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}; it has: {', '.join(known)}")

@@ -48,6 +48,9 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.model.image_size = 112
     config.model.drop_path = 0.2
     config.model.dtype = "float32"
+    config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
+    config.model.scan = False  # equal blocks as one compiled loop: deep models compile sooner
+    config.model.attention = "xla"  # or cudnn (NVIDIA GPU, bf16, even numbers of tokens)
 
     config.augment = augment = ml_collections.ConfigDict()
     augment.crop = (0.6, 1.0)  # share of the picture's area

@@ -48,6 +48,9 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.model.image_size = 112
     config.model.drop_path = 0.0
     config.model.dtype = "float32"
+    config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
+    config.model.scan = False  # equal blocks as one compiled loop: deep models compile sooner
+    config.model.attention = "xla"  # or cudnn (NVIDIA GPU, bf16, even numbers of tokens)
 
     config.projection = ml_collections.ConfigDict()
     config.projection.layers = 3

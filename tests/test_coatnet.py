@@ -12,6 +12,7 @@ from coatnet_jax.coatnet import (
     CoAtNetConfig,
     DropPath,
     adapt_relative_bias,
+    attend,
     pool2x2,
     relative_bias,
     resize_relative_bias,
@@ -198,17 +199,55 @@ def test_adapting_to_other_heads_or_from_a_rectangle_raises():
         adapt_relative_bias(table(15, 2), table(25, 2))
 
 
-def test_remat_changes_neither_values_nor_gradients(images, variables):
-    def gradient(model):
+def test_remat_and_scan_change_neither_values_nor_gradients_nor_statistics(images):
+    config = CoAtNetConfig((4, 6, 8, 12, 16), (1, 1, 3, 3, 1), head_dim=4)
+    variables = filled(shapes(CoAtNet(config), 64))
+    images = jnp.concatenate([images, images], axis=2)[:, :, :64].repeat(2, axis=1)[:, :64]
+
+    def outputs(**options):
         def loss(params):
             all_variables = {**variables, "params": params}
-            y, _ = model.apply(all_variables, images, train=True, mutable=["batch_stats"])
-            return (y * jnp.arange(16)).sum()
+            y, new = CoAtNet(config, **options).apply(
+                all_variables, images, train=True, mutable=["batch_stats"]
+            )
+            return (y * jnp.arange(16)).sum(), (y, new)
 
-        return jax.jit(jax.grad(loss))(variables["params"])
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
-    plain, remat = gradient(CoAtNet(TINY)), gradient(CoAtNet(TINY, remat=True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), plain, remat)
+    plain = outputs()
+    for options in ({"remat": True}, {"scan": True, "remat": True}):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+            plain,
+            outputs(**options),
+        )
+
+
+def test_scanned_blocks_draw_different_drop_paths():
+    config = CoAtNetConfig((4, 6, 6, 6, 6), (1, 1, 1, 9, 1), head_dim=2)
+    model = CoAtNet(config, drop_path=0.9, scan=True)
+    images = jnp.ones((8, 32, 32, 3))
+    variables = filled(shapes(model, 32))
+
+    def features(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)[0]
+
+    first, again, other = (np.asarray(jax.jit(features)(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    assert len(np.unique(first.round(4), axis=0)) > 4  # equal images that lost other branches
+
+
+def test_attention_equals_jaxs_and_refuses_what_cannot_run():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 6, 4, 8))
+    bias = jax.random.normal(jax.random.key(1), (4, 6, 6))
+    expected = jax.nn.dot_product_attention(q, k, v, bias=bias[None])
+    np.testing.assert_allclose(attend(q, k, v, bias, implementation="xla"), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, bfloat16 and an even number"):
+        attend(q, k, v, bias, implementation="cudnn")
+    with pytest.raises(ValueError, match="must be 'xla' or 'cudnn', not 'flash'"):
+        attend(q, k, v, bias, implementation="flash")
 
 
 def test_bfloat16_keeps_float32_parameters_and_is_near(images, variables):
