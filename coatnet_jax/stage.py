@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from coatnet_jax import loop
@@ -18,11 +19,12 @@ from coatnet_jax.optim import create_optimizer, warmup_cosine
 from coatnet_jax.paths import data_folder
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
 from coatnet_jax.terms import model_card
-from coatnet_jax.train_state import create_train_state, init_variables
-from input_pipeline.pipeline import Faces, open_split, train_loader
+from coatnet_jax.train_state import TrainState, create_train_state, init_variables
+from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
 
 # Keys that may differ between the runs that make up one training: they change no result.
-FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers")
+FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers", "data.cache")
+CACHES = ("none", "host", "device")
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,16 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     be split over the devices or `workdir` holds a run of another config.
     """
     _check_same_config(config, workdir)
+    if config.data.cache not in CACHES:
+        raise ValueError(f"data.cache must be one of {CACHES}, not {config.data.cache!r}")
     mesh = make_mesh()
     check_batch_size(config.batch_size, mesh)
     folder = data_folder(config.data.name, config.data.root)
     train_faces = open_split(folder, "train", splits=config.data.splits)
     validation_faces = open_split(folder, "validation", splits=config.data.splits)
+    if config.data.cache != "none":
+        train_faces = decode_once(train_faces, config.data.image_size)
+        validation_faces = decode_once(validation_faces, config.data.image_size)
     steps_per_epoch = len(train_faces) / config.batch_size
     schedule = loop.Schedule(
         total_steps=max(1, round(config.epochs * steps_per_epoch)),
@@ -152,15 +159,19 @@ def run_stage(
             workers=config.data.workers,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            with_images=config.data.cache != "device",
         )
     )
+    train_step = make_step(tx)
+    if config.data.cache == "device":
+        train_step = with_resident_images(train_step, setting.train_faces.pixels, mesh)
     checkpoints = Checkpoints(workdir, metric=metric)
     started = time.monotonic()
     state, finished = loop.train(
         state,
         iterator,
         name=config.stage,
-        train_step=make_step(tx),
+        train_step=train_step,
         evaluate=make_evaluate(),
         mesh=mesh,
         schedule=schedule,
@@ -170,6 +181,28 @@ def run_stage(
     checkpoints.close()
     _add_wall_time(workdir, time.monotonic() - started, finished=finished, step=int(state.step))
     return finished
+
+
+def with_resident_images(train_step: Callable, pixels: np.ndarray, mesh: Mesh) -> Callable:
+    """The step for batches without images: it takes theirs from `pixels` [n,H,W,3], kept on every
+    device, by the batch's `index`.
+
+    Raises ValueError where they would take more than half of a device's memory.
+    """
+    stats = mesh.local_devices[0].memory_stats() or {}
+    limit = stats.get("bytes_limit", float("inf"))
+    if pixels.nbytes > limit / 2:
+        raise ValueError(
+            f"{len(pixels):,} images take {pixels.nbytes / 1e9:.1f} GB of a device's "
+            f"{limit / 1e9:.1f} GB: use --config.data.cache=host"
+        )
+    resident = replicate(pixels, mesh)
+    take = jax.jit(lambda images, index: images[index])
+
+    def step(state: TrainState, batch: dict[str, jax.Array]):
+        return train_step(state, {**batch, "image": take(resident, batch["index"])})
+
+    return step
 
 
 def _copy_data_report(setting: Setting) -> None:

@@ -42,6 +42,7 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     data.splits = "default"
     data.image_size = 128  # uint8 pixels handed to the device, which crops views from them
     data.workers = 0  # Grain worker processes; 0 decodes in threads of this process
+    data.cache = "none"  # or host, device: decoded once, kept in memory or on the device
 
     config.model = ml_collections.ConfigDict()
     config.model.name = f"coatnet_{model}" if model in ("micro", "atto") else model

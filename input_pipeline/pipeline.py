@@ -7,8 +7,10 @@ many processes share it: process p takes the p-th stretch of it.
 
 import difflib
 import os
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,13 @@ from input_pipeline.images import decode_image
 from input_pipeline.prepare import read_labels, records_folder
 from input_pipeline.splits import fingerprint, read_splits
 
-__all__ = ["Faces", "decode_image", "eval_loader", "open_split", "train_loader"]
+__all__ = ["Faces", "decode_image", "decode_once", "eval_loader", "open_split", "train_loader"]
 
 Batch = dict[str, np.ndarray]
 _IMAGE_ONLY = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3))})
 _KEEP_BYTES = {"image": tfds.decode.SkipDecoding()}
 _BUFFER_BYTES = 512 << 20
+_CHUNK = 256  # images that a thread decodes at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class Faces:
 
     labels: age, gender, race int32 [n], file and pixel_hash str [n]. records int64 [n]: the record
     of each row. fingerprint: of the whole split file. missing: how many files of the split file are
-    not in the folder.
+    not in the folder. pixels: uint8 [n, size, size, 3] where `decode_once` has kept them, or None.
     """
 
     folder: Path
@@ -46,6 +49,7 @@ class Faces:
     records: np.ndarray
     fingerprint: str
     missing: int = 0
+    pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -109,6 +113,44 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
     )
 
 
+def decode_once(
+    faces: Faces, image_size: int, *, progress: Callable[[str], None] | None = print
+) -> Faces:
+    """Returns the same split with every image decoded and kept in memory as `pixels`.
+
+    The loaders then give the same batches without decoding. `progress` gets a line every five
+    seconds and one at the end; None is silent. Raises ValueError where the pixels would take more
+    than four fifths of the machine's memory.
+    """
+    size = len(faces) * image_size**2 * 3
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > 0.8 * memory:
+        raise ValueError(
+            f"{len(faces):,} images of {image_size} px take {size / 1e9:.1f} GB, and this machine "
+            f"has {memory / 1e9:.1f} GB: decode them as they come (data.cache='none')"
+        )
+    pixels = np.empty((len(faces), image_size, image_size, 3), np.uint8)
+
+    def decode(start: int) -> int:
+        rows = range(start, min(start + _CHUNK, len(faces)))
+        for row, data in zip(rows, faces.read_images(rows), strict=True):
+            pixels[row] = decode_image(data, image_size)
+        return len(rows)
+
+    started = said = time.monotonic()
+    done = 0
+    with ThreadPoolExecutor(_n_cpus()) as pool:
+        for count in pool.map(decode, range(0, len(faces), _CHUNK)):
+            done, now = done + count, time.monotonic()
+            if progress and (now - said > 5 or done == len(faces)):
+                said, speed = now, done / max(now - started, 1e-9)
+                progress(
+                    f"decoded {done:,} of {len(faces):,} images of {faces.split}, {speed:,.0f}/s, "
+                    f"{size / 1e6:,.0f} MB in memory"
+                )
+    return replace(faces, pixels=pixels)
+
+
 def train_loader(
     faces: Faces,
     *,
@@ -116,6 +158,7 @@ def train_loader(
     image_size: int,
     seed: int,
     workers: int = 0,
+    with_images: bool = True,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
@@ -124,12 +167,14 @@ def train_loader(
     Every epoch has a new order; batches run over its end, so no image is lost. The stream depends
     on the seed and the global batch only, not on `workers`. The iterator's get_state/set_state
     count the examples seen by all processes, so a run may resume with other workers or processes.
+    Without images a batch has every array but `image`, for pixels that lie elsewhere.
     """
     _check(faces, batch_size, image_size, workers, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be within 0 and 2**32 - 1, got {seed}")
     order = grain.MapDataset.range(len(faces)).seed(seed).shuffle().repeat().batch(batch_size)
-    load = partial(_load_batch, faces, image_size)
+    load = partial(_load_batch, faces, image_size, with_images)
+    workers = 0 if faces.pixels is not None or not with_images else workers
 
     def batches_from(step: int) -> grain.IterDataset:
         mine = order[step * process_count + process_index :: process_count]
@@ -156,22 +201,33 @@ def eval_loader(
     rows = np.full(n_batches * process_count * batch_size, -1)
     rows[: len(faces)] = np.arange(len(faces))
     mine = rows.reshape(n_batches, process_count, batch_size)[:, process_index]
-    batches = grain.MapDataset.source(list(mine)).map(partial(_load_batch, faces, image_size))
+    batches = grain.MapDataset.source(list(mine)).map(partial(_load_batch, faces, image_size, True))
+    workers = 0 if faces.pixels is not None else workers
     return _read_ahead(batches, batch_size, image_size, workers)
 
 
-def _load_batch(faces: Faces, image_size: int, rows: np.ndarray) -> Batch:
-    """Reads, decodes and labels these rows of the split; -1 stands for padding."""
+def _load_batch(faces: Faces, image_size: int, with_images: bool, rows: np.ndarray) -> Batch:
+    """Labels, and images where wanted, of these rows of the split; -1 stands for padding."""
     rows = np.asarray(rows)
     real = rows >= 0
-    batch = {"image": np.zeros((len(rows), image_size, image_size, 3), np.uint8)}
-    for i, data in zip(np.flatnonzero(real), faces.read_images(rows[real]), strict=True):
-        batch["image"][i] = decode_image(data, image_size)
+    batch = {"image": _load_images(faces, image_size, rows)} if with_images else {}
     for name, padding in (("age", 0), ("gender", -1), ("race", -1)):
         batch[name] = np.where(real, faces.labels[name][rows], padding).astype(np.int32)
     batch["index"] = rows.astype(np.int32)
     batch["weight"] = real.astype(np.float32)
     return batch
+
+
+def _load_images(faces: Faces, image_size: int, rows: np.ndarray) -> np.ndarray:
+    """uint8 [b, size, size, 3]: kept pixels, or read and decoded; black for padding."""
+    real = rows >= 0
+    images = np.zeros((len(rows), image_size, image_size, 3), np.uint8)
+    if faces.pixels is not None and faces.pixels.shape[1] == image_size:
+        images[real] = faces.pixels[rows[real]]
+        return images
+    for i, data in zip(np.flatnonzero(real), faces.read_images(rows[real]), strict=True):
+        images[i] = decode_image(data, image_size)
+    return images
 
 
 def _read_ahead(

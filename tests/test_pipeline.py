@@ -7,7 +7,7 @@ import grain
 import numpy as np
 import pytest
 
-from input_pipeline.pipeline import decode_image, eval_loader, open_split, train_loader
+from input_pipeline.pipeline import decode_image, decode_once, eval_loader, open_split, train_loader
 from input_pipeline.prepare import prepare
 
 N = 60
@@ -122,6 +122,33 @@ def test_processes_share_the_batches_of_one(faces):
         for name, array in batch.items():
             joined = np.concatenate([share[step][name] for share in shares])
             np.testing.assert_array_equal(joined, array)
+
+
+def test_pixels_decoded_once_give_the_same_batches(faces):
+    lines = []
+    held = decode_once(faces, 16, progress=lines.append)
+    assert held.pixels.shape == (len(faces), 16, 16, 3) and faces.pixels is None
+    assert lines[-1].startswith(f"decoded {len(faces)} of {len(faces)} images of train")
+    for loader in (train_loader, eval_loader):
+        changes = options() if loader is train_loader else dict(batch_size=8, image_size=16)
+        fresh, kept = (take(loader(source, **changes), 5) for source in (faces, held))
+        for a, b in zip(fresh, kept, strict=True):
+            for name, array in a.items():
+                np.testing.assert_array_equal(b[name], array)
+    (other,) = take(train_loader(held, **options(image_size=20)), 1)  # another size is decoded anew
+    assert other["image"].shape == (8, 20, 20, 3) and other["image"].any()
+
+
+def test_batches_without_images_have_the_same_rows(faces):
+    whole, bare = (take(train_loader(faces, **options(with_images=w)), 4) for w in (True, False))
+    assert all("image" not in batch for batch in bare)
+    np.testing.assert_array_equal(indices(bare), indices(whole))
+
+
+def test_more_pixels_than_memory_raise(faces, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    with pytest.raises(ValueError, match="42 images of 16 px take 0.0 GB, and this machine has"):
+        decode_once(faces, 16)
 
 
 def test_two_workers_give_the_stream_of_none(faces):

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -103,6 +104,26 @@ def test_time_limit_stops_saves_and_resumes(drawn_root, pretrained, tmp_path, mo
         stops += 1
     assert stops >= 5
     same_weights(tmp_path / "run", pretrained)
+
+
+@pytest.mark.parametrize("cache", ["host", "device"])
+def test_cached_images_train_the_same_weights(cache, drawn_root, pretrained, tmp_path, capsys):
+    assert pretrain.run(tiny("pretrain", drawn_root, **{"data.cache": cache}), tmp_path / "run")
+    same_weights(tmp_path / "run", pretrained)
+    assert "decoded 112 of 112 images of train" in capsys.readouterr().out
+
+
+def test_unknown_cache_and_too_little_memory_raise(drawn_root, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="must be one of .*'device'.*, not 'gpu'"):
+        pretrain.run(tiny("pretrain", drawn_root, **{"data.cache": "gpu"}), tmp_path / "run")
+    mesh = sharding.make_mesh(1)
+    small = SimpleNamespace(
+        local_devices=[SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1e6})]
+    )
+    pixels = np.zeros((20, 100, 100, 3), np.uint8)
+    with pytest.raises(ValueError, match="20 images take 0.0 GB .* use --config.data.cache=host"):
+        stage.with_resident_images(None, pixels, small)
+    assert stage.with_resident_images(None, pixels, mesh)
 
 
 def test_finished_run_is_left_as_it_is(drawn_root, pretrained):

@@ -1,0 +1,234 @@
+r"""Images a second into the step: our pipeline against torch's and TensorFlow's, same cores.
+
+    pip install torch && pip install --no-deps torchvision       # the peer; tensorflow-cpu: another
+    python benchmarks/input_speed.py --data ~/.cache/coatnet-jax/utkface
+
+The task is two-view SimCLR input. torch's DataLoader (PIL, torchvision's transforms, a worker for
+each core) and tf.data (its ops, parallel map; no blur, for it has none) make both views on the
+host, as is usual there. Ours hands uint8 images to the device, which makes the views within the
+jitted step: rows without views say what reaches the step, the last rows what remains where that
+device is this CPU itself. `limit` is what OpenCV decodes on all cores, the files in memory, nothing
+else done. All start from the same JPEG files; medians over interleaved rounds.
+"""
+
+import argparse
+import importlib.util
+import io
+import itertools
+import os
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import cv2
+import numpy as np
+
+from input_pipeline.pipeline import decode_once, open_split, train_loader
+
+CORES = len(os.sched_getaffinity(0))
+BATCH = 128
+
+
+def take(make_iterator, batches: int) -> float:
+    """Images a second over `batches` batches after one to warm up."""
+    iterator = make_iterator()
+    next(iterator)
+    started = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    rate = batches * BATCH / (time.perf_counter() - started)
+    if hasattr(iterator, "close"):
+        iterator.close()
+    return rate
+
+
+def decode_limit(files: list[bytes]) -> float:
+    """Images a second that OpenCV decodes on all cores, each as it is."""
+    buffers = [np.frombuffer(data, np.uint8) for data in files]
+    with ThreadPoolExecutor(CORES) as pool:
+        started = time.perf_counter()
+        for _ in pool.map(_decode_chunk, [buffers[i::8] for i in range(8)]):
+            pass
+        return len(buffers) / (time.perf_counter() - started)
+
+
+def _decode_chunk(buffers) -> None:
+    for buffer in buffers:
+        cv2.imdecode(buffer, cv2.IMREAD_COLOR)
+
+
+def decode_once_rate(faces, size: int) -> float:
+    """Images a second of the one pass that fills the cache."""
+    started = time.perf_counter()
+    decode_once(faces, size, progress=None)
+    return len(faces) / (time.perf_counter() - started)
+
+
+def our_loader(faces, size: int, **options):
+    return iter(train_loader(faces, batch_size=BATCH, image_size=size, seed=0, **options))
+
+
+def our_views(faces, size: int):
+    """Batches of two views, made by jax on its default device."""
+    import jax
+
+    from coatnet_jax.augment import simclr_view
+
+    @jax.jit
+    def views(rng, images):
+        return tuple(simclr_view(key, images, size=size) for key in jax.random.split(rng))
+
+    for n, batch in enumerate(our_loader(faces, size)):
+        yield jax.block_until_ready(views(jax.random.key(n), batch["image"]))
+
+
+class TwoViews:
+    """torch's map-style data set: PIL and torchvision's transforms, two views an image."""
+
+    def __init__(self, files: list[bytes], size: int):
+        self.files, self.size, self.transform = files, size, None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int):
+        from PIL import Image
+
+        self.transform = self.transform or _torch_transform(self.size)
+        image = Image.open(io.BytesIO(self.files[i])).convert("RGB")
+        return self.transform(image), self.transform(image)
+
+
+def _torch_transform(size: int):
+    _stub_operators()
+    from torchvision import transforms as t
+
+    jitter = t.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    return t.Compose(
+        [
+            t.RandomResizedCrop(size, scale=(0.3, 1.0), ratio=(0.85, 1.18)),
+            t.RandomHorizontalFlip(),
+            t.RandomApply([jitter], p=0.8),
+            t.RandomGrayscale(0.2),
+            t.RandomApply([t.GaussianBlur(2 * (size // 20) + 1, sigma=(0.1, 1.0))], p=0.2),
+            t.ToTensor(),
+            t.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+
+
+_LIBRARIES = []
+
+
+def _stub_operators() -> None:
+    """torchvision's wheel brings CUDA code; without it two operators that nobody calls here are
+    missing at its import."""
+    import torch
+
+    if _LIBRARIES or importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        import sys
+
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)  # the definitions last as long as this object
+
+
+def torch_loader(files: list[bytes], size: int):
+    import torch
+
+    loader = torch.utils.data.DataLoader(
+        TwoViews(files, size),
+        batch_size=BATCH,
+        shuffle=True,
+        num_workers=CORES,
+        multiprocessing_context="spawn",
+    )
+    return iter(loader)
+
+
+def tf_loader(files: list[bytes], size: int):
+    import tensorflow as tf
+
+    def view(data):
+        image = tf.io.decode_jpeg(data, channels=3)
+        box = tf.image.sample_distorted_bounding_box(
+            tf.shape(image),
+            tf.zeros([0, 0, 4]),
+            area_range=(0.3, 1.0),
+            aspect_ratio_range=(0.85, 1.18),
+            use_image_if_no_bounding_boxes=True,
+        )
+        image = tf.slice(image, box[0], box[1])
+        image = tf.image.resize(tf.cast(image, tf.float32) / 255, (size, size), antialias=True)
+        image = tf.image.random_flip_left_right(image)
+        image = tf.image.random_brightness(image, 0.4)
+        image = tf.image.random_contrast(image, 0.6, 1.4)
+        image = tf.image.random_saturation(image, 0.6, 1.4)
+        return tf.image.random_hue(image, 0.1)
+
+    data = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files)).repeat()
+    data = data.map(lambda x: (view(x), view(x)), num_parallel_calls=tf.data.AUTOTUNE)
+    return iter(data.batch(BATCH).prefetch(tf.data.AUTOTUNE))
+
+
+def contenders(faces, files: list[bytes], size: int) -> dict:
+    """label -> function that measures images/s once; the peers are left out where not installed."""
+    held = decode_once(faces, size, progress=None)
+    found = {
+        "limit: JPEG decode": partial(decode_limit, files),
+        "ours, cache none": lambda: take(lambda: our_loader(faces, size), 30),
+        "ours, filling the cache": partial(decode_once_rate, faces, size),
+        "ours, cache host": lambda: take(lambda: our_loader(held, size), 60),
+        "ours, cache device": lambda: take(lambda: our_loader(held, size, with_images=False), 200),
+        "ours, and two views made on this CPU": lambda: take(lambda: our_views(faces, size), 4),
+    }
+    if importlib.util.find_spec("torchvision"):
+        found["torch DataLoader + torchvision"] = lambda: take(lambda: torch_loader(files, size), 3)
+    if importlib.util.find_spec("tensorflow"):
+        found["tf.data"] = lambda: take(lambda: tf_loader(files, size), 4)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="a prepared data set")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 224])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=4000)
+    arguments = parser.parse_args()
+    faces = open_split(arguments.data, "train")
+    n = min(arguments.images, len(faces))
+    files = list(
+        itertools.chain(*(faces.read_images(range(i, min(i + 500, n))) for i in range(0, n, 500)))
+    )
+    for size in arguments.sizes:
+        measured = contenders(faces, files, size)
+        rates = {label: [] for label in measured}
+        for _ in range(arguments.rounds):
+            for label, measure in measured.items():
+                rates[label].append(measure())
+        medians = {label: statistics.median(values) for label, values in rates.items()}
+        limit = medians["limit: JPEG decode"]
+        peer = medians.get("torch DataLoader + torchvision")
+        print(
+            f"\n{size} px, batch {BATCH}, {CORES} cores, {len(faces):,} images, medians of "
+            f"{arguments.rounds} rounds\n"
+        )
+        print("| | images/s | of the decode limit | x torch |\n|---|---:|---:|---:|")
+        for label, rate in medians.items():
+            ratio = f"{rate / peer:.1f}" if peer else "-"
+            print(f"| {label} | {rate:,.0f} | {rate / limit:.0%} | {ratio} |", flush=True)
+        if not peer:
+            print("no peer: torch or torchvision is not installed (see the head of this file)")
+
+
+if __name__ == "__main__":
+    main()
