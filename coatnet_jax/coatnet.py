@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from coatnet_jax.batchnorm import BatchNorm, gelu
 from coatnet_jax.conv import Conv3x3
-from coatnet_jax.depthwise import depthwise_conv3x3
+from coatnet_jax.depthwise import depthwise_conv
 
 EXPANSION = 4  # of MBConv and of the feed-forward layer, counted from the block's own width
 SMALLEST_IMAGE = 32
@@ -79,7 +79,7 @@ class CoAtNet(nn.Module):
         Any height and width of at least 32 will do. Raises ValueError for anything else and for
         parameters that were made for another image size (see `adapt_relative_bias`).
         """
-        _check_images(images, self.dtype)
+        check_images(images, self.dtype, model="CoAtNet", smallest=SMALLEST_IMAGE)
         widths, depths, dtype = self.config.widths, self.config.depths, jnp.dtype(self.dtype)
         rates = iter(np.linspace(0.0, self.drop_path, sum(depths[1:])).tolist())
         conv, attention = MBConv, functools.partial(Transformer, head_dim=self.config.head_dim)
@@ -109,18 +109,18 @@ class CoAtNet(nn.Module):
         return (features, x) if return_map else features
 
 
-def _check_images(images, dtype):
+def check_images(images: jax.Array, dtype: str, *, model: str, smallest: int) -> None:
+    """Raises ValueError in one line for images or a dtype that `model` cannot work with."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', not {dtype!r}")
     if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
-            f"CoAtNet takes float images [b, h, w, channels], not {images.dtype}{images.shape}"
+            f"{model} takes float images [b, h, w, channels], not {images.dtype}{images.shape}"
         )
     _, h, w, _ = images.shape
-    if min(h, w) < SMALLEST_IMAGE:
+    if min(h, w) < smallest:
         raise ValueError(
-            f"an image of {h}x{w} is too small: CoAtNet halves it five times and needs at least "
-            f"{SMALLEST_IMAGE}x{SMALLEST_IMAGE}"
+            f"an image of {h}x{w} is too small: {model} needs at least {smallest}x{smallest}"
         )
 
 
@@ -174,16 +174,18 @@ class MBConv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise 3x3 convolution without bias; see `depthwise.py`."""
+    """Depthwise convolution without bias, its kernel `side` x `side`; see `depthwise.py`."""
 
     stride: int
     dtype: jnp.dtype
+    side: int = 3
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        init = nn.initializers.normal(np.sqrt(2 / 9))  # fan-out of one channel: nine taps
-        kernel = self.param("kernel", init, (3, 3, x.shape[-1]))
-        return depthwise_conv3x3(x, kernel.astype(self.dtype), stride=self.stride)
+        taps = self.side**2  # the fan-out of one channel
+        init = nn.initializers.normal(np.sqrt(2 / taps))
+        kernel = self.param("kernel", init, (self.side, self.side, x.shape[-1]))
+        return depthwise_conv(x, kernel.astype(self.dtype), stride=self.stride)
 
 
 class SqueezeExcite(nn.Module):
@@ -273,8 +275,9 @@ class DropPath(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        return nn.Dropout(self.rate, broadcast_dims=(1, 2, 3))(x, deterministic=not train)
+    def __call__(self, x: Float[Array, "b *rest"], train: bool) -> Float[Array, "b *rest"]:
+        rest = tuple(range(1, x.ndim))
+        return nn.Dropout(self.rate, broadcast_dims=rest)(x, deterministic=not train)
 
 
 class Dense(nn.Dense):
