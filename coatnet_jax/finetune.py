@@ -97,7 +97,7 @@ def finetune_train_step(
         loss = jnp.mean(age_loss(out["age"], targets["age"]))
         total = loss + gender_weight * jnp.mean(cross_entropy(out["gender"], targets["gender"]))
         total = total + race_weight * jnp.mean(cross_entropy(out["race"], targets["race"]))
-        return total, (loss, out["age"], mutated.get("batch_stats", {}))
+        return total, (loss, out["age"], mutated["batch_stats"])
 
     grads, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
     off = expected_age(jax.nn.softmax(logits)) - expected_age(targets["years"])

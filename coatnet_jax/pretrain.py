@@ -86,7 +86,7 @@ def pretrain_train_step(
         )
         z = out["z"].reshape(b, 2, -1).swapaxes(0, 1).reshape(2 * b, -1)
         loss, metrics = nt_xent(z, temperature=temperature, decoupled=decoupled)
-        return loss, (metrics, mutated.get("batch_stats", {}))
+        return loss, (metrics, mutated["batch_stats"])
 
     (loss, (metrics, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
