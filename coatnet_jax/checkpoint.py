@@ -15,12 +15,15 @@ import orbax.checkpoint as ocp
 from jax.tree_util import keystr
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from coatnet_jax.baselines.vit import adapt_positions
 from coatnet_jax.coatnet import adapt_relative_bias
 from coatnet_jax.train_state import TrainState
 
 FOLDER = "checkpoints"
 # Stands for "not evaluated" in checkpoints that are saved between two evaluations.
 NO_METRIC = 1e9
+# Parameters whose shape follows the image size, with what resizes them.
+RESIZABLE = {"relative_bias": adapt_relative_bias, "position_embedding": adapt_positions}
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -143,20 +146,22 @@ def load_variables(run_dir: Path, *, which: str = "best") -> tuple[dict[str, Any
 def load_backbone(run_dir: Path, variables: dict[str, Any]) -> dict[str, Any]:
     """`variables` with the backbone's parameters and statistics taken from another run.
 
-    Strict: every name and shape must agree, but for relative position tables, which are
+    Strict: every name and shape must agree, but for tables of positions, which are
     interpolated to another image size. Raises ValueError naming both sides where they differ.
     """
     loaded, step = load_variables(run_dir)
     merged = {}
     for kind in ("params", "batch_stats"):
-        if "backbone" not in loaded[kind]:
+        # A backbone without BatchNorm has no statistics.
+        source, like = (tree.get(kind, {}).get("backbone", {}) for tree in (loaded, variables))
+        if kind == "params" and not source:
             raise ValueError(f"{run_dir} (step {step}) has no backbone in its {kind}")
-        source, like = loaded[kind]["backbone"], variables[kind]["backbone"]
         names = {"saved_name": str(run_dir), "model_name": "this model"}
-        _check_same(source, like, resizable="relative_bias", **names)
-        source = adapt_relative_bias(source, like)
+        _check_same(source, like, resizable=tuple(RESIZABLE), **names)
+        for adapt in RESIZABLE.values():
+            source = adapt(source, like)
         _check_same(source, like, **names)
-        merged[kind] = {**variables[kind], "backbone": source}
+        merged[kind] = {**variables[kind], "backbone": source} if source else variables[kind]
     return merged
 
 
@@ -193,7 +198,7 @@ def _shapes(manager: ocp.CheckpointManager, step: int, item: str) -> Any:
 
 
 def _check_same(
-    saved, model, *, saved_name: str, model_name: str, resizable: str | None = None
+    saved, model, *, saved_name: str, model_name: str, resizable: tuple[str, ...] = ()
 ) -> None:
     """Raise ValueError that lists up to four differences in names and shapes, with both sides.
 
@@ -201,7 +206,7 @@ def _check_same(
     """
 
     def shape(name: str, leaf) -> tuple[int, ...]:
-        free = resizable is not None and name.endswith(resizable)
+        free = name.endswith(resizable)
         return tuple(leaf.shape)[-1:] if free else tuple(leaf.shape)
 
     there, here = (

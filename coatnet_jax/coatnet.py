@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from coatnet_jax.batchnorm import BatchNorm, gelu
 from coatnet_jax.conv import Conv3x3
-from coatnet_jax.depthwise import depthwise_conv3x3
+from coatnet_jax.depthwise import depthwise_conv
 
 EXPANSION = 4  # of MBConv and of the feed-forward layer, counted from the block's own width
 SMALLEST_IMAGE = 32
@@ -86,7 +86,7 @@ class CoAtNet(nn.Module):
         Any height and width of at least 32 will do. Raises ValueError for anything else and for
         parameters that were made for another image size (see `adapt_relative_bias`).
         """
-        _check_images(images, self.dtype)
+        check_images(images, self.dtype, model="CoAtNet", smallest=SMALLEST_IMAGE)
         config, dtype = self.config, jnp.dtype(self.dtype)
         rates = np.split(
             np.linspace(0.0, self.drop_path, sum(config.depths[1:])), np.cumsum(config.depths[1:4])
@@ -156,18 +156,18 @@ class CoAtNet(nn.Module):
         return x
 
 
-def _check_images(images, dtype):
+def check_images(images: jax.Array, dtype: str, *, model: str, smallest: int) -> None:
+    """Raises ValueError in one line for images or a dtype that `model` cannot work with."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', not {dtype!r}")
     if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
-            f"CoAtNet takes float images [b, h, w, channels], not {images.dtype}{images.shape}"
+            f"{model} takes float images [b, h, w, channels], not {images.dtype}{images.shape}"
         )
     _, h, w, _ = images.shape
-    if min(h, w) < SMALLEST_IMAGE:
+    if min(h, w) < smallest:
         raise ValueError(
-            f"an image of {h}x{w} is too small: CoAtNet halves it five times and needs at least "
-            f"{SMALLEST_IMAGE}x{SMALLEST_IMAGE}"
+            f"an image of {h}x{w} is too small: {model} needs at least {smallest}x{smallest}"
         )
 
 
@@ -221,16 +221,18 @@ class MBConv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise 3x3 convolution without bias; see `depthwise.py`."""
+    """Depthwise convolution without bias, its kernel `side` x `side`; see `depthwise.py`."""
 
     stride: int
     dtype: jnp.dtype
+    side: int = 3
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        init = nn.initializers.normal(np.sqrt(2 / 9))  # fan-out of one channel: nine taps
-        kernel = self.param("kernel", init, (3, 3, x.shape[-1]))
-        return depthwise_conv3x3(x, kernel.astype(self.dtype), stride=self.stride)
+        taps = self.side**2  # the fan-out of one channel
+        init = nn.initializers.normal(np.sqrt(2 / taps))
+        kernel = self.param("kernel", init, (self.side, self.side, x.shape[-1]))
+        return depthwise_conv(x, kernel.astype(self.dtype), stride=self.stride)
 
 
 class SqueezeExcite(nn.Module):
@@ -354,11 +356,12 @@ class DropPath(nn.Module):
     rate: float | jax.Array
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b *rest"], train: bool) -> Float[Array, "b *rest"]:
         if not train or (isinstance(self.rate, float) and self.rate == 0):
             return x
         keep = 1 - self.rate
-        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1, 1))
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
         return jnp.where(kept, x / jnp.asarray(keep, x.dtype), 0)
 
 

@@ -1,10 +1,12 @@
-"""Depthwise 3x3 convolution, as nine shifted multiply-adds where XLA's own is slow.
+"""Depthwise convolution, as shifted multiply-adds where XLA's own is slow.
 
 XLA lowers a grouped convolution on the CPU to a scalar loop that takes 30 times as long as its
-arithmetic. A depthwise kernel of nine taps is nine slices, multiplied and added; its gradient is
-the same once more. Elsewhere (GPU, TPU) `lax.conv_general_dilated` is the right choice.
+arithmetic. A depthwise 3x3 kernel is nine slices, multiplied and added; its gradient is the same
+once more. Elsewhere (GPU, TPU) `lax.conv_general_dilated` is the right choice.
 """
 
+import contextlib
+import contextvars
 import functools
 
 import jax
@@ -13,16 +15,27 @@ from jax import lax
 from jaxtyping import Array, Float
 
 IMPLEMENTATIONS = ("auto", "shifted", "lax")
+_auto = contextvars.ContextVar("depthwise implementation", default=None)
 
 
-def depthwise_conv3x3(
+@contextlib.contextmanager
+def auto_means(implementation: str):
+    """Within this context 'auto' is `implementation`, whatever the backend."""
+    token = _auto.set(implementation)
+    try:
+        yield
+    finally:
+        _auto.reset(token)
+
+
+def depthwise_conv(
     x: Float[Array, "b h w c"],
-    kernel: Float[Array, "3 3 c"],
+    kernel: Float[Array, "k k c"],
     *,
     stride: int = 1,
     implementation: str = "auto",
 ) -> Float[Array, "b h2 w2 c"]:
-    """Convolves every channel with its own 3x3 kernel, padded by one zero on each side.
+    """Convolves every channel with its own kernel of odd side k, padded by k // 2 zeros all round.
 
     The result has ceil(h / stride) rows and ceil(w / stride) columns and the dtype of `x`.
     `implementation` is 'shifted' (multiply-adds), 'lax', or 'auto': shifted on the CPU, lax
@@ -31,15 +44,16 @@ def depthwise_conv3x3(
     """
     if stride not in (1, 2):
         raise ValueError(f"depthwise stride must be 1 or 2, not {stride}")
-    if kernel.shape != (3, 3, x.shape[-1]):
+    k, c = kernel.shape[0], x.shape[-1]
+    if k % 2 == 0 or kernel.shape != (k, k, c):
         raise ValueError(
-            f"depthwise kernel is {kernel.shape}, but {x.shape[-1]} channels need "
-            f"(3, 3, {x.shape[-1]})"
+            f"depthwise kernel is {kernel.shape}, but {c} channels need (k, k, {c}) with an odd k"
         )
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, not {implementation!r}")
     if implementation == "auto":
-        implementation = "shifted" if jax.default_backend() == "cpu" else "lax"
+        on_this_backend = "shifted" if jax.default_backend() == "cpu" else "lax"
+        implementation = _auto.get() or on_this_backend
     kernel = kernel.astype(x.dtype)
     if implementation == "lax":
         return _lax_conv(x, kernel, stride)
@@ -50,11 +64,12 @@ def depthwise_conv3x3(
 
 
 def _lax_conv(x, kernel, stride):
+    side = kernel.shape[0] // 2
     return lax.conv_general_dilated(
         x,
         kernel[:, :, None, :],
         window_strides=(stride, stride),
-        padding=((1, 1), (1, 1)),
+        padding=((side, side), (side, side)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1],
     )
@@ -66,18 +81,24 @@ def _lax_conv(x, kernel, stride):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _shifted_conv(x, kernel, stride):
-    return _conv_padded(_pad(x, ((1, 1), (1, 1))), kernel, stride)
+    return _conv_padded(_pad_all_round(x, kernel), kernel, stride)
+
+
+def _pad_all_round(x, kernel):
+    side = kernel.shape[0] // 2
+    return _pad(x, ((side, side), (side, side)))
 
 
 def _pad(x, rows_and_columns):
-    # The barrier keeps XLA from recomputing the padding inside each of the nine slices.
+    # The barrier keeps XLA from recomputing the padding inside each of the slices.
     return lax.optimization_barrier(jnp.pad(x, ((0, 0), (0, 0), *rows_and_columns, (0, 0))))
 
 
 def _conv_padded(padded, kernel, stride):
-    rows, columns = ((size - 3) // stride + 1 for size in padded.shape[2:4])
+    k = kernel.shape[0]
+    rows, columns = ((size - k) // stride + 1 for size in padded.shape[2:4])
     taps = (
-        _tap(padded, i, j, rows, columns, stride) * kernel[i, j] for i in range(3) for j in range(3)
+        _tap(padded, i, j, rows, columns, stride) * kernel[i, j] for i in range(k) for j in range(k)
     )
     return functools.reduce(jnp.add, taps)
 
@@ -89,15 +110,16 @@ def _tap(padded, i, j, rows, columns, stride):
 
 
 def _forward(x, kernel, stride):
-    padded = _pad(x, ((1, 1), (1, 1)))
+    padded = _pad_all_round(x, kernel)
     return _conv_padded(padded, kernel, stride), (padded, kernel)
 
 
 def _backward(stride, saved, dy):
     padded, kernel = saved
-    h, w = padded.shape[2] - 2, padded.shape[3] - 2
+    k = kernel.shape[0]
+    h, w = padded.shape[2] - k + 1, padded.shape[3] - k + 1
     dx = _input_gradient(dy, kernel, stride, h, w)
-    return dx, _kernel_gradient(padded, dy, stride).astype(kernel.dtype)
+    return dx, _kernel_gradient(padded, dy, k, stride).astype(kernel.dtype)
 
 
 _shifted_conv.defvjp(_forward, _backward)
@@ -105,12 +127,19 @@ _shifted_conv.defvjp(_forward, _backward)
 
 def _input_gradient(dy, kernel, stride, h, w):
     if stride == 1:
-        return _conv_padded(_pad(dy, ((1, 1), (1, 1))), kernel[::-1, ::-1], 1)
-    # Polyphase: an even row was met by tap 1 of one output row, an odd row by tap 2 of the
-    # output row above it and tap 0 of the one below; columns alike.
+        return _conv_padded(_pad_all_round(dy, kernel), kernel[::-1, ::-1], 1)
+    # Polyphase: tap i of output row r met row 2r + i - side. With three taps an even row was met
+    # by tap 1 of one output row, an odd row by tap 2 of the output row above it and tap 0 of the
+    # one below; columns alike. `meets` holds (tap, output row), the latter in the padded dy.
     groups, b, rows, columns, c = dy.shape
-    padded = _pad(dy, ((0, 1), (0, 1)))
-    meets = {0: ((1, 0),), 1: ((2, 0), (0, 1))}
+    k = kernel.shape[0]
+    side = k // 2
+    before, after = side // 2, (side + 1) // 2
+    padded = _pad(dy, ((before, after), (before, after)))
+    meets = {
+        phase: [(i, (phase + side - i) // 2 + before) for i in range((phase + side) % 2, k, 2)]
+        for phase in (0, 1)
+    }
 
     def phase(row, column):
         return functools.reduce(
@@ -126,18 +155,18 @@ def _input_gradient(dy, kernel, stride, h, w):
     return phases.reshape(groups, b, 2 * rows, 2 * columns, c)[:, :, :h, :w]
 
 
-def _kernel_gradient(padded, dy, stride):
-    """Sums tap x dy over images and pixels in float32: [3, 3, c].
+def _kernel_gradient(padded, dy, k, stride):
+    """Sums tap x dy over images and pixels in float32: [k, k, c].
 
-    A loop over the rows with nine [columns, c] sums that stay in the cache: a plain reduction
+    A loop over the rows with k² [columns, c] sums that stay in the cache: a plain reduction
     over the leading axes walks the memory in steps of c.
     """
     groups, b, rows, columns, c = dy.shape
-    taps = [(i, j) for i in range(3) for j in range(3)]
+    taps = [(i, j) for i in range(k) for j in range(k)]
 
     def add_row(n, sums):
         image, row = n // rows, n % rows
-        size = (groups, 1, 3, padded.shape[3], c)
+        size = (groups, 1, k, padded.shape[3], c)
         met = lax.dynamic_slice(padded, (0, image, row * stride, 0, 0), size)
         here = lax.dynamic_slice(dy, (0, image, row, 0, 0), (groups, 1, 1, columns, c))
         here, met = here.astype(jnp.float32), met.astype(jnp.float32)
@@ -148,4 +177,4 @@ def _kernel_gradient(padded, dy, stride):
 
     zeros = tuple(jnp.zeros((groups, columns, c), jnp.float32) for _ in taps)
     sums = lax.fori_loop(0, b * rows, add_row, zeros)
-    return jnp.stack([total.sum((0, 1)) for total in sums]).reshape(3, 3, c)
+    return jnp.stack([total.sum((0, 1)) for total in sums]).reshape(k, k, c)

@@ -1,4 +1,4 @@
-"""The command line: demo, prepare, pretrain, embed, finetune, evaluate, predict."""
+"""The command line: demo, prepare, pretrain, embed, finetune, evaluate, predict, models."""
 
 import argparse
 import os
@@ -134,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("run_dir", help="workdir of a fine-tuning run")
     predict.add_argument("inputs", nargs="+", help="pictures or folders")
     predict.add_argument("--out", help="folder for the results (default: predictions)")
+
+    models = add("models", _models, "the backbones: size, multiply-adds, feature width, source")
+    models.add_argument("names", nargs="*", metavar="NAME", help="backbones (default: all)")
+    models.add_argument("--image-size", type=int, default=224, help="in pixels (default: 224)")
     return parser
 
 
@@ -190,6 +194,12 @@ def _predict(arguments: argparse.Namespace) -> None:
     from coatnet_jax.predict import run
 
     run(Path(arguments.run_dir), arguments.inputs, out=arguments.out)
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.model_table import run
+
+    run(arguments.names, image_size=arguments.image_size)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ def warmup_cosine(lr: float, *, total_steps: int, warmup_steps: int) -> optax.Sc
 
 def decay_mask(params: Params) -> Params:
     """True for the kernels that weight decay and LARS adapt; False for biases, norms and
-    relative bias tables. The names count too, for blocks stacked along a leading axis."""
+    tables of positions. The names count too, for blocks stacked along a leading axis."""
 
     def decays(path, leaf):
         names = _names(path)
-        plain = leaf.ndim < 2 or names[-1] in ("bias", "scale")
+        plain = leaf.ndim < 2 or names[-1] in ("bias", "scale", "position_embedding")
         return not (plain or any(name.startswith("relative_bias") for name in names))
 
     return jax.tree_util.tree_map_with_path(decays, params)

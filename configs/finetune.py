@@ -5,7 +5,8 @@ r"""Fine-tuning for age on UTKFace, from a pre-trained backbone or from scratch.
 
 The argument after the colon is a list of words, the first one the model:
 
-    micro, atto, coatnet_0 … coatnet_5    the backbone
+    micro, atto, coatnet_0 … coatnet_5    the backbone, or one to compare with:
+    simple_cnn, resnet18, resnet34, resnet50, efficientnet_b0, mobilenet_v2, vit_s16
     drawn      the drawn faces instead of UTKFace (48 px, minutes on two CPU cores)
     cpu        UTKFace at 64 px: under an hour on two CPU cores with `micro`
     bf16       bfloat16 compute with float32 parameters
@@ -16,7 +17,11 @@ Without `init_from` the same recipe trains from scratch (set `optim.layer_decay=
 
 import ml_collections
 
-MODELS = ("micro", "atto", *(f"coatnet_{i}" for i in range(6)))
+BASELINES = (
+    *("simple_cnn", "resnet18", "resnet34", "resnet50"),
+    *("efficientnet_b0", "mobilenet_v2", "vit_s16"),
+)
+MODELS = ("micro", "atto", *(f"coatnet_{i}" for i in range(6)), *BASELINES)
 WORDS = ("drawn", "cpu", "bf16", "tiny")
 
 

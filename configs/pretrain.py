@@ -4,7 +4,8 @@
 
 The argument after the colon is a list of words, the first one the model:
 
-    micro, atto, coatnet_0 … coatnet_5    the backbone
+    micro, atto, coatnet_0 … coatnet_5    the backbone, or one to compare with:
+    simple_cnn, resnet18, resnet34, resnet50, efficientnet_b0, mobilenet_v2, vit_s16
     drawn      the drawn faces instead of UTKFace (48 px, minutes on two CPU cores)
     cpu        UTKFace at 48 px: about an hour on two CPU cores with `micro`
     bf16       bfloat16 compute with float32 parameters
@@ -16,7 +17,11 @@ Views follow the SimCLR paper with weaker crops and blur, which would remove wha
 
 import ml_collections
 
-MODELS = ("micro", "atto", *(f"coatnet_{i}" for i in range(6)))
+BASELINES = (
+    *("simple_cnn", "resnet18", "resnet34", "resnet50"),
+    *("efficientnet_b0", "mobilenet_v2", "vit_s16"),
+)
+MODELS = ("micro", "atto", *(f"coatnet_{i}" for i in range(6)), *BASELINES)
 WORDS = ("drawn", "cpu", "bf16", "lars", "tiny")
 
 

@@ -3,6 +3,7 @@
 import ml_collections
 import pytest
 
+from coatnet_jax import models
 from coatnet_jax.config import (
     flat_keys,
     load_config,
@@ -10,6 +11,7 @@ from coatnet_jax.config import (
     read_config,
     save_config,
 )
+from configs import finetune, pretrain
 
 
 def parse(*argv):
@@ -60,12 +62,19 @@ def test_bad_flags_are_explained_in_one_line(argv, message):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-@pytest.mark.parametrize("words", ["micro", "coatnet_0,bf16", "atto,drawn,tiny", "micro,cpu"])
+@pytest.mark.parametrize(
+    "words", ["micro", "coatnet_0,bf16", "atto,drawn,tiny", "micro,cpu", "resnet50", "vit_s16,cpu"]
+)
 def test_every_shipped_word_gives_a_config_that_round_trips(stage, words, tmp_path):
     config = load_config(f"{stage}:{words}")
     save_config(config, tmp_path / "config.json")
     assert read_config(tmp_path / "config.json") == config
     assert config.stage == stage
+
+
+@pytest.mark.parametrize("stage", [pretrain, finetune])
+def test_every_backbone_is_a_word_of_the_configs(stage):
+    assert {stage.get_config(model).model.name for model in stage.MODELS} == set(models.BACKBONES)
 
 
 def test_flat_keys_are_dotted():

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from coatnet_jax.depthwise import depthwise_conv3x3
+from coatnet_jax.depthwise import auto_means, depthwise_conv
 
 SIZES = [(8, 6), (7, 5), (2, 3), (1, 1)]
 
 
-def inputs(h, w, dtype=jnp.float32, b=3, c=5, stride=1):
+def inputs(h, w, dtype=jnp.float32, b=3, c=5, stride=1, k=3):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (b, h, w, c), dtype)
-    kernel = jax.random.normal(keys[1], (3, 3, c), dtype)
+    kernel = jax.random.normal(keys[1], (k, k, c), dtype)
     dy = jax.random.normal(keys[2], (b, -(-h // stride), -(-w // stride), c), dtype)
     return x, kernel, dy
 
@@ -23,16 +23,16 @@ def run(x, kernel, dy, stride, implementation):
     """The output and the gradients of sum(output * dy)."""
 
     def conv(x, kernel):
-        return depthwise_conv3x3(x, kernel, stride=stride, implementation=implementation)
+        return depthwise_conv(x, kernel, stride=stride, implementation=implementation)
 
     y, gradient = jax.vjp(conv, x, kernel)
     return y, *gradient(dy)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("h, w", SIZES)
-def test_shifted_matches_lax_with_gradients(h, w, stride):
-    args = inputs(h, w, stride=stride)
+@pytest.mark.parametrize("h, w, k", [*((*size, 3) for size in SIZES), (5, 2, 5)])
+def test_shifted_matches_lax_with_gradients(h, w, k, stride):
+    args = inputs(h, w, stride=stride, k=k)
     shifted, lax = (
         jax.jit(run, static_argnums=(3, 4))(*args, stride, how) for how in ("shifted", "lax")
     )
@@ -61,7 +61,7 @@ def test_forward_matches_a_numpy_loop():
             patch = padded[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3]
             expected[:, row, column] = (patch * np.asarray(kernel)).sum((1, 2))
     np.testing.assert_allclose(
-        depthwise_conv3x3(x, kernel, stride=2, implementation="shifted"), expected, atol=1e-5
+        depthwise_conv(x, kernel, stride=2, implementation="shifted"), expected, atol=1e-5
     )
 
 
@@ -81,8 +81,24 @@ def test_sharded_batch_gives_the_same_without_gathering_it(stride):
 def test_wrong_arguments_raise():
     x, kernel, _ = inputs(4, 4)
     with pytest.raises(ValueError, match="stride must be 1 or 2, not 3"):
-        depthwise_conv3x3(x, kernel, stride=3)
+        depthwise_conv(x, kernel, stride=3)
     with pytest.raises(ValueError, match=r"\(3, 3, 4\), but 5 channels"):
-        depthwise_conv3x3(x, kernel[..., :4], stride=1)
+        depthwise_conv(x, kernel[..., :4], stride=1)
+    with pytest.raises(ValueError, match=r"\(2, 2, 5\), .* an odd k"):
+        depthwise_conv(x, kernel[:2, :2], stride=1)
     with pytest.raises(ValueError, match="not 'cuda'"):
-        depthwise_conv3x3(x, kernel, stride=1, implementation="cuda")
+        depthwise_conv(x, kernel, stride=1, implementation="cuda")
+
+
+def test_auto_can_be_told_what_it_means():
+    x, kernel, _ = inputs(4, 4)
+
+    def traced():
+        return str(jax.make_jaxpr(lambda x: depthwise_conv(x, kernel))(x))
+
+    outside = traced()
+    with auto_means("lax"):
+        assert "conv_general_dilated" in traced()
+    with auto_means("shifted"):
+        assert "conv_general_dilated" not in traced()
+    assert traced() == outside
