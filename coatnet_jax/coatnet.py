@@ -7,6 +7,7 @@ weights give the same logits here. Images and features are channels-last.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -24,11 +25,23 @@ SMALLEST_IMAGE = 32
 
 @dataclasses.dataclass(frozen=True)
 class CoAtNetConfig:
-    """Widths and depths of the stem and the four stages, and the width of an attention head."""
+    """Widths and depths of the stem and the four stages, and the width of an attention head.
+
+    It also says what modules they are made of; timm's own family overrides that (`coatnet_rw`).
+    """
 
     widths: tuple[int, int, int, int, int]
     depths: tuple[int, int, int, int, int]
     head_dim: int = 32
+
+    def parts(self) -> tuple[Callable, functools.partial, functools.partial, Callable]:
+        """The stem, the block of stages 1 and 2, that of 3 and 4, and what makes features."""
+        return (
+            functools.partial(Stem, self.widths[0], self.depths[0]),
+            functools.partial(MBConv),
+            functools.partial(Transformer, head_dim=self.head_dim),
+            normed_mean,
+        )
 
 
 VARIANTS = {
@@ -82,17 +95,15 @@ class CoAtNet(nn.Module):
         _check_images(images, self.dtype)
         widths, depths, dtype = self.config.widths, self.config.depths, jnp.dtype(self.dtype)
         rates = iter(np.linspace(0.0, self.drop_path, sum(depths[1:])).tolist())
-        conv, attention = MBConv, functools.partial(Transformer, head_dim=self.config.head_dim)
+        stem, conv, attention, pool = self.config.parts()
         if self.remat:
-            conv = nn.remat(MBConv, static_argnums=(2,))
-            attention = functools.partial(
-                nn.remat(Transformer, static_argnums=(2,)), head_dim=self.config.head_dim
+            conv, attention = (
+                functools.partial(nn.remat(block.func, static_argnums=(2,)), **block.keywords)
+                for block in (conv, attention)
             )
 
         x = images.astype(dtype)
-        x = Stem(widths[0], depths[0], dtype=dtype, name="stem")(
-            x, train and self.frozen_below == 0
-        )
+        x = stem(dtype=dtype, name="stem")(x, train and self.frozen_below == 0)
         for stage in (1, 2, 3, 4):
             block = conv if stage <= 2 else attention
             for n in range(depths[stage]):
@@ -105,8 +116,13 @@ class CoAtNet(nn.Module):
                 )(x, train and stage >= self.frozen_below)
 
         x = x.astype(jnp.float32)
-        features = nn.LayerNorm(epsilon=1e-6, name="norm")(x.mean((1, 2)))
+        features = pool(x, train and self.frozen_below <= 4)
         return (features, x) if return_map else features
+
+
+def normed_mean(x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b c"]:
+    """The mean over all places, then LayerNorm; called inside a module, which gets its `norm`."""
+    return nn.LayerNorm(epsilon=1e-6, name="norm")(x.mean((1, 2)))
 
 
 def _check_images(images, dtype):
@@ -191,13 +207,14 @@ class SqueezeExcite(nn.Module):
 
     hidden: int
     dtype: jnp.dtype
+    activation: Callable = nn.silu
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         c = x.shape[-1]
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=conv_init)
         gate = x.mean((1, 2), keepdims=True)
-        gate = nn.silu(dense(self.hidden, name="reduce")(gate))
+        gate = self.activation(dense(self.hidden, name="reduce")(gate))
         return x * nn.sigmoid(dense(c, name="expand")(gate))
 
 
@@ -229,28 +246,36 @@ class Transformer(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Global attention with a learned bias for each head and each offset of two tokens."""
+    """Global attention with a learned bias for each head and each offset of two tokens.
+
+    Queries, keys and values are `inner` wide, of as many channels as the result unless given.
+    """
 
     width: int
     head_dim: int
     dtype: jnp.dtype
+    inner: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         b, h, w, _ = x.shape
-        heads = self.width // self.head_dim
+        inner = self.inner or self.width
+        heads = inner // self.head_dim
         dense = functools.partial(Dense, dtype=self.dtype, kernel_init=dense_init)
-        self._check_table(h, w)
-        shape = ((2 * h - 1) * (2 * w - 1), heads)
-        table = self.param("relative_bias", nn.initializers.normal(0.02), shape)
+        table = self._table(h, w, heads)
 
-        qkv = dense(3 * self.width, name="qkv")(x).reshape(b, h * w, 3, heads, self.head_dim)
+        qkv = dense(3 * inner, name="qkv")(x).reshape(b, h * w, 3, heads, self.head_dim)
         q, k, v = (qkv[:, :, n] for n in range(3))
         logits = jnp.einsum("bqnd,bknd->bnqk", q * self.head_dim**-0.5, k)
         logits = logits.astype(jnp.float32) + relative_bias(table, (h, w))
         weights = jax.nn.softmax(logits).astype(self.dtype)
-        y = jnp.einsum("bnqk,bknd->bqnd", weights, v).reshape(b, h, w, self.width)
+        y = jnp.einsum("bnqk,bknd->bqnd", weights, v).reshape(b, h, w, inner)
         return dense(self.width, name="out")(y)
+
+    def _table(self, h, w, heads):
+        self._check_table(h, w)
+        shape = ((2 * h - 1) * (2 * w - 1), heads)
+        return self.param("relative_bias", nn.initializers.normal(0.02), shape)
 
     def _check_table(self, h, w):
         if not self.has_variable("params", "relative_bias"):
