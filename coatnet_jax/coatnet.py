@@ -7,6 +7,7 @@ weights give the same logits here. Images and features are channels-last.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -372,12 +373,19 @@ def _interpolation(old, new):
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old))).astype(np.float32)
 
 
-def adapt_relative_bias(params: dict, like: dict) -> dict:
+def adapt_relative_bias(
+    params: dict,
+    like: dict,
+    *,
+    old_size: tuple[int, int] | None = None,
+    new_size: tuple[int, int] | None = None,
+) -> dict:
     """Returns `params` with every relative bias table resized to the shape it has in `like`.
 
     Both are nested dicts of one architecture, `like` of arrays or shapes (`jax.eval_shape`) made
-    at the new image size; anything else is returned as it came. The image sizes have to be
-    square. Raises ValueError where the numbers of heads differ or a table is not a square's.
+    at the new image size; anything else is returned as it came. Sizes are heights and widths of
+    the images in pixels; one that is not given is taken to be square. Raises ValueError where the
+    numbers of heads differ, or a table is not one of its size, or of a square where none is given.
     """
 
     def adapt(tree, like, path):
@@ -385,22 +393,27 @@ def adapt_relative_bias(params: dict, like: dict) -> dict:
             return tree
         adapted = {key: adapt(tree[key], like.get(key), (*path, key)) for key in tree}
         old, new = tree.get("relative_bias"), like.get("relative_bias")
-        if old is None or new is None or old.shape == new.shape:
+        if old is None or new is None or (old.shape == new.shape and old_size == new_size):
             return adapted
         name = "/".join((*path, "relative_bias"))
         if old.shape[1] != new.shape[1]:
             raise ValueError(f"{name} has {old.shape[1]} heads, the model has {new.shape[1]}")
-        sides = [_square_side(rows, name) for rows in (old.shape[0], new.shape[0])]
-        resized = resize_relative_bias(old, (sides[0],) * 2, (sides[1],) * 2)
-        return {**adapted, "relative_bias": resized}
+        old_hw = _tokens(old.shape[0], name, old_size)
+        new_hw = _tokens(new.shape[0], name, new_size)
+        return {**adapted, "relative_bias": resize_relative_bias(old, old_hw, new_hw)}
 
     return adapt(params, like, ())
 
 
-def _square_side(entries, name):
-    side = round(entries**0.5)
-    if side * side != entries or side % 2 == 0:
-        raise ValueError(
-            f"{name} has {entries} rows, which is no square image: use resize_relative_bias"
-        )
-    return (side + 1) // 2
+def _tokens(entries, name, size):
+    """Rows and columns of tokens behind a table, from the image size or as a square."""
+    if size is None:
+        side = round(entries**0.5)
+        h = w = (side + 1) // 2
+    else:
+        stage = int(re.search(r"stage(\d)", name)[1])
+        h, w = (-(-pixels // 2 ** (stage + 1)) for pixels in size)
+    if entries != (2 * h - 1) * (2 * w - 1):
+        shape = "square image" if size is None else f"image of {size[0]}x{size[1]}"
+        raise ValueError(f"{name} has {entries} rows, which is no {shape}: give the sizes of both")
+    return h, w

@@ -75,7 +75,7 @@ def import_timm(state: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
     here = {weight.name: weight.shape for weight in weights}
     differing = [
         f"{key}: {there.get(key, 'missing')} there, {here.get(key, 'unknown')} in {name}"
-        for key in [*here, *(key for key in there if key not in here)]
+        for key in sorted(here.keys() | there.keys())
         if there.get(key) != here.get(key)
     ]
     if differing:
@@ -90,7 +90,7 @@ def import_timm(state: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
         for key in above:
             tree = tree.setdefault(key, {})
         value = np.asarray(state[weight.name], np.float32)
-        tree[leaf] = np.ascontiguousarray(weight.convert(value))
+        tree[leaf] = np.array(weight.convert(value), order="C")  # a copy: torch changes its own
     return variables
 
 

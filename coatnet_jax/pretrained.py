@@ -7,6 +7,7 @@ travels along in config.json: mean, standard deviation, size.
 import difflib
 import hashlib
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ def run(source: str, workdir: Path, *, model: str | None = None) -> None:
 
     `source` is one of `NAMES` (downloaded by huggingface-hub), a .safetensors or .pth file, or the
     hub's folder of one; timm's config.json beside the weights is read. `model` says whose weights
-    they are where neither that nor the file's name does. Raises FileNotFoundError or ValueError in one line for a name or file
-    that is not there, cannot be read or fits no model, and where `workdir` holds a run already.
+    they are where neither that nor the file's name does. Raises FileNotFoundError or
+    ValueError in one line for a name or file that is not there, cannot be read or fits no model,
+    and where `workdir` holds a run already.
     """
     if (workdir / FOLDER).is_dir():
         raise ValueError(f"{workdir} holds a run already; give a new --workdir")
@@ -148,6 +150,7 @@ def download(name: str) -> Path:
             f"to fetch {known[0]} install huggingface-hub (pip install 'coatnet-jax[hub]'), or "
             f"{by_hand}"
         ) from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         for file in ("config.json", "model.safetensors"):
             path = hf_hub_download(f"timm/{known[0]}", file)
