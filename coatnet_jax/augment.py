@@ -72,7 +72,7 @@ def simclr_view(
         return blur @ rows, blur @ columns, matrix, contrast
 
     drawn = jax.vmap(draw)(jax.random.split(rng, images.shape[0]))
-    return normalize(_render(images, *drawn), mean=mean, std=std)
+    return _render(images, *drawn, mean=mean, std=std)
 
 
 def supervised_view(
@@ -106,8 +106,7 @@ def supervised_view(
     drawn = jax.vmap(draw)(jax.random.split(rng, images.shape[0]))
     kept_rows, kept_columns = drawn[4:]
     kept = kept_rows[:, :, None] | kept_columns[:, None, :]
-    views = normalize(_render(images, *drawn[:4]), mean=mean, std=std)
-    return jnp.where(kept[..., None], views, 0.0)
+    return jnp.where(kept[..., None], _render(images, *drawn[:4], mean=mean, std=std), 0.0)
 
 
 def eval_view(
@@ -253,8 +252,10 @@ def _resample(image, rows, columns) -> Float[Array, "size 3 size"]:
     return jnp.einsum("ph,hcw,qw->pcq", rows, image, columns, precision=highest)
 
 
-def _render(images, rows, columns, matrix, contrast) -> Float[Array, "b size size 3"]:
-    """Resample, apply the colour matrix and the contrast about the mean grey, clip to 0-255."""
+def _render(
+    images, rows, columns, matrix, contrast, *, mean=IMAGE_MEAN, std=IMAGE_STD
+) -> Float[Array, "b size size 3"]:
+    """Resample, apply the colour matrix and the contrast about the mean grey, clip, normalise."""
     pixels = jax.vmap(_resample)(images, rows, columns)
     mean_grey = jnp.einsum("c,bcd,bd->b", _LUMA, matrix, jnp.mean(pixels, axis=(1, 3)))
     matrix = contrast[:, None, None] * matrix
@@ -265,4 +266,4 @@ def _render(images, rows, columns, matrix, contrast) -> Float[Array, "b size siz
         weights[:, c, 0] * red + weights[:, c, 1] * green + weights[:, c, 2] * blue + offset
         for c in range(3)
     ]
-    return jnp.clip(jnp.stack(channels, axis=-1), 0, 255)
+    return normalize(jnp.clip(jnp.stack(channels, axis=-1), 0, 255), mean=mean, std=std)
