@@ -10,9 +10,9 @@ space and one of the channels commute, and as contrast, saturation and hue all k
 four colour steps commute with each other too, so no random order has to be drawn. Hue turns the
 colour plane of YIQ, which is linear; for skin a turn there is up to 1.4 times that turn in HSV.
 
-Images come in as uint8 0-255 RGB and leave as float32, normalised with the ImageNet mean and
-standard deviation. Each image draws from its own key, split from `rng`, so the result does not
-depend on how the batch is laid out over devices.
+Images come in as uint8 0-255 RGB and leave as float32, normalised with a mean and a standard
+deviation for each channel: ImageNet's, unless the weights saw others. Each image draws from its own
+key, split from `rng`, so the result does not depend on how the batch is laid out over devices.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of values 0-1
-IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's values 0-1
+IMAGE_STD = (0.229, 0.224, 0.225)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in torchvision and PIL
 _TO_YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
 # Rows 2 and 3 sum to 0 and row 1 to 1, so the inverse gives grey from (Y, 0, 0) exactly.
@@ -43,6 +43,8 @@ def simclr_view(
     grey_prob: float = 0.2,
     blur_prob: float = 0.2,
     blur_sigma: tuple[float, float] = (0.1, 1.0),
+    mean: tuple[float, ...] = IMAGE_MEAN,
+    std: tuple[float, ...] = IMAGE_STD,
 ) -> Float[Array, "b size size 3"]:
     """One contrastive view of each image (SimCLR, arXiv 2002.05709, appendix A).
 
@@ -53,6 +55,7 @@ def simclr_view(
       jitter: SimCLR's colour strength s: brightness, contrast and saturation change by up to
         0.8 s, hue by up to 0.2 s of a turn.
       blur_sigma: least and greatest standard deviation of the blur, in pixels of the view.
+      mean: taken from each channel of values 0-1, which `std` then divides.
 
     The defaults crop and blur less than SimCLR does: fine texture is what tells age.
     """
@@ -68,7 +71,8 @@ def simclr_view(
         matrix = jnp.where(grey, jnp.ones((3, 1)) * (_LUMA @ matrix), matrix)
         return blur @ rows, blur @ columns, matrix, contrast
 
-    return _render(images, *jax.vmap(draw)(jax.random.split(rng, images.shape[0])))
+    drawn = jax.vmap(draw)(jax.random.split(rng, images.shape[0]))
+    return _render(images, *drawn, mean=mean, std=std)
 
 
 def supervised_view(
@@ -82,6 +86,8 @@ def supervised_view(
     jitter_prob: float = 0.8,
     jitter: float = 0.3,
     erase_prob: float = 0.25,
+    mean: tuple[float, ...] = IMAGE_MEAN,
+    std: tuple[float, ...] = IMAGE_STD,
 ) -> Float[Array, "b size size 3"]:
     """One mild view of each image for training on labels; arguments as in `simclr_view`.
 
@@ -100,27 +106,42 @@ def supervised_view(
     drawn = jax.vmap(draw)(jax.random.split(rng, images.shape[0]))
     kept_rows, kept_columns = drawn[4:]
     kept = kept_rows[:, :, None] | kept_columns[:, None, :]
-    return jnp.where(kept[..., None], _render(images, *drawn[:4]), 0.0)
+    return jnp.where(kept[..., None], _render(images, *drawn[:4], mean=mean, std=std), 0.0)
 
 
-def eval_view(images: UInt8[Array, "b h w 3"], *, size: int) -> Float[Array, "b size size 3"]:
+def eval_view(
+    images: UInt8[Array, "b h w 3"],
+    *,
+    size: int,
+    mean: tuple[float, ...] = IMAGE_MEAN,
+    std: tuple[float, ...] = IMAGE_STD,
+) -> Float[Array, "b size size 3"]:
     """The whole image at `size` (antialiased bilinear resize) and normalised; nothing random."""
     batch, height, width, _ = images.shape
     if (height, width) == (size, size):
-        return normalize(images)
+        return normalize(images, mean=mean, std=std)
     rows = _resize_matrix(0.0, height, height, size)
     columns = _resize_matrix(0.0, width, width, size)
-    return normalize(jax.vmap(_resample, (0, None, None))(images, rows, columns).swapaxes(2, 3))
+    pixels = jax.vmap(_resample, (0, None, None))(images, rows, columns).swapaxes(2, 3)
+    return normalize(pixels, mean=mean, std=std)
 
 
-def normalize(images: Array) -> Float[Array, "*b h w 3"]:
-    """RGB 0-255 as float32 with the ImageNet mean and standard deviation taken out."""
-    return (images.astype(jnp.float32) - 255 * IMAGE_MEAN) * (1 / (255 * IMAGE_STD))
+def normalize(
+    images: Array, *, mean: tuple[float, ...] = IMAGE_MEAN, std: tuple[float, ...] = IMAGE_STD
+) -> Float[Array, "*b h w 3"]:
+    """RGB 0-255 as float32 with the mean and standard deviation of values 0-1 taken out."""
+    mean, std = np.array(mean, np.float32), np.array(std, np.float32)
+    return (images.astype(jnp.float32) - 255 * mean) * (1 / (255 * std))
 
 
-def denormalize(images: Float[Array, "*b h w 3"]) -> UInt8[Array, "*b h w 3"]:
+def denormalize(
+    images: Float[Array, "*b h w 3"],
+    *,
+    mean: tuple[float, ...] = IMAGE_MEAN,
+    std: tuple[float, ...] = IMAGE_STD,
+) -> UInt8[Array, "*b h w 3"]:
     """Normalised images back as uint8 0-255, for looking at."""
-    pixels = 255 * (images * IMAGE_STD + IMAGE_MEAN)
+    pixels = 255 * (images * np.array(std, np.float32) + np.array(mean, np.float32))
     return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
 
 
@@ -231,7 +252,9 @@ def _resample(image, rows, columns) -> Float[Array, "size 3 size"]:
     return jnp.einsum("ph,hcw,qw->pcq", rows, image, columns, precision=highest)
 
 
-def _render(images, rows, columns, matrix, contrast) -> Float[Array, "b size size 3"]:
+def _render(
+    images, rows, columns, matrix, contrast, *, mean=IMAGE_MEAN, std=IMAGE_STD
+) -> Float[Array, "b size size 3"]:
     """Resample, apply the colour matrix and the contrast about the mean grey, clip, normalise."""
     pixels = jax.vmap(_resample)(images, rows, columns)
     mean_grey = jnp.einsum("c,bcd,bd->b", _LUMA, matrix, jnp.mean(pixels, axis=(1, 3)))
@@ -243,4 +266,4 @@ def _render(images, rows, columns, matrix, contrast) -> Float[Array, "b size siz
         weights[:, c, 0] * red + weights[:, c, 1] * green + weights[:, c, 2] * blue + offset
         for c in range(3)
     ]
-    return normalize(jnp.clip(jnp.stack(channels, axis=-1), 0, 255))
+    return normalize(jnp.clip(jnp.stack(channels, axis=-1), 0, 255), mean=mean, std=std)

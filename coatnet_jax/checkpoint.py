@@ -104,6 +104,13 @@ class Checkpoints:
         self.manager.close()
 
 
+def save_variables(workdir: Path, variables: dict[str, Any]) -> None:
+    """Save {'params', 'batch_stats'} that were not trained here, as the checkpoint of step 0."""
+    manager = _manager(workdir, create=True)
+    manager.save(0, args=ocp.args.Composite(variables=ocp.args.StandardSave(variables)))
+    manager.close()
+
+
 def load_variables(run_dir: Path, *, which: str = "best") -> tuple[dict[str, Any], int]:
     """({'params', 'batch_stats'} as NumPy arrays, step) of a run: 'best', 'latest' or a step.
 

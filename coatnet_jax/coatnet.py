@@ -7,6 +7,8 @@ weights give the same logits here. Images and features are channels-last.
 
 import dataclasses
 import functools
+import re
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -25,11 +27,23 @@ SMALLEST_IMAGE = 32
 
 @dataclasses.dataclass(frozen=True)
 class CoAtNetConfig:
-    """Widths and depths of the stem and the four stages, and the width of an attention head."""
+    """Widths and depths of the stem and the four stages, and the width of an attention head.
+
+    It also says what modules they are made of; timm's own family overrides that (`coatnet_rw`).
+    """
 
     widths: tuple[int, int, int, int, int]
     depths: tuple[int, int, int, int, int]
     head_dim: int = 32
+
+    def parts(self) -> tuple[Callable, Callable, Callable, Callable]:
+        """The stem, the block of stages 1 and 2, that of 3 and 4, and what makes features."""
+        return (
+            functools.partial(Stem, self.widths[0], self.depths[0]),
+            MBConv,
+            functools.partial(Transformer, head_dim=self.head_dim),
+            normed_mean,
+        )
 
 
 VARIANTS = {
@@ -91,18 +105,14 @@ class CoAtNet(nn.Module):
         rates = np.split(
             np.linspace(0.0, self.drop_path, sum(config.depths[1:])), np.cumsum(config.depths[1:4])
         )
-        transformer = functools.partial(
-            Transformer, head_dim=config.head_dim, implementation=self.attention
-        )
+        stem, conv, attention, pool = config.parts()
+        attention = functools.partial(attention, implementation=self.attention)
 
         x = images.astype(dtype)
-        x = Stem(config.widths[0], config.depths[0], dtype=dtype, name="stem")(
-            x, train and self.frozen_below == 0
-        )
+        x = stem(dtype=dtype, name="stem")(x, train and self.frozen_below == 0)
         for stage in (1, 2, 3, 4):
-            block = functools.partial(
-                MBConv if stage <= 2 else transformer, config.widths[stage], dtype=dtype
-            )
+            block = conv if stage <= 2 else attention
+            block = functools.partial(block, config.widths[stage], dtype=dtype)
             training = train and stage >= self.frozen_below
             first, *others = zip(
                 [f"stage{stage}_block{n}" for n in range(config.depths[stage])],
@@ -118,7 +128,7 @@ class CoAtNet(nn.Module):
                 x = self._run_block(block, name_and_rate, x, training)
 
         x = x.astype(jnp.float32)
-        features = nn.LayerNorm(epsilon=1e-6, name="norm")(x.mean((1, 2)))
+        features = pool(x, train and self.frozen_below <= 4)
         return (features, x) if return_map else features
 
     def _run_block(self, block, name_and_rate, x, train):
@@ -154,6 +164,11 @@ class CoAtNet(nn.Module):
                 statistics = jax.tree.map(lambda leaf, n=n: leaf[n], new["batch_stats"])
                 self.put_variable("batch_stats", name, statistics)
         return x
+
+
+def normed_mean(x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b c"]:
+    """The mean over all places, then LayerNorm; called inside a module, which gets its `norm`."""
+    return nn.LayerNorm(epsilon=1e-6, name="norm")(x.mean((1, 2)))
 
 
 def check_images(images: jax.Array, dtype: str, *, model: str, smallest: int) -> None:
@@ -240,13 +255,14 @@ class SqueezeExcite(nn.Module):
 
     hidden: int
     dtype: jnp.dtype
+    activation: Callable = nn.silu
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         c = x.shape[-1]
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=conv_init)
         gate = x.mean((1, 2), keepdims=True)
-        gate = nn.silu(dense(self.hidden, name="reduce")(gate))
+        gate = self.activation(dense(self.hidden, name="reduce")(gate))
         return x * nn.sigmoid(dense(c, name="expand")(gate))
 
 
@@ -281,26 +297,34 @@ class Transformer(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Global attention with a learned bias for each head and each offset of two tokens."""
+    """Global attention with a learned bias for each head and each offset of two tokens.
+
+    Queries, keys and values are `inner` wide, of as many channels as the result unless given.
+    """
 
     width: int
     head_dim: int
     dtype: jnp.dtype
     implementation: str = "xla"
+    inner: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         b, h, w, _ = x.shape
-        heads = self.width // self.head_dim
+        inner = self.inner or self.width
+        heads = inner // self.head_dim
         dense = functools.partial(Dense, dtype=self.dtype, kernel_init=dense_init)
-        self._check_table(h, w)
-        shape = ((2 * h - 1) * (2 * w - 1), heads)
-        table = self.param("relative_bias", nn.initializers.normal(0.02), shape)
+        table = self._table(h, w, heads)
 
-        qkv = dense(3 * self.width, name="qkv")(x).reshape(b, h * w, 3, heads, self.head_dim)
+        qkv = dense(3 * inner, name="qkv")(x).reshape(b, h * w, 3, heads, self.head_dim)
         q, k, v = (qkv[:, :, n] for n in range(3))
         y = attend(q, k, v, relative_bias(table, (h, w)), implementation=self.implementation)
         return dense(self.width, name="out")(y.reshape(b, h, w, self.width))
+
+    def _table(self, h, w, heads):
+        self._check_table(h, w)
+        shape = ((2 * h - 1) * (2 * w - 1), heads)
+        return self.param("relative_bias", nn.initializers.normal(0.02), shape)
 
     def _check_table(self, h, w):
         if not self.has_variable("params", "relative_bias"):
@@ -435,12 +459,19 @@ def _interpolation(old, new):
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old))).astype(np.float32)
 
 
-def adapt_relative_bias(params: dict, like: dict) -> dict:
+def adapt_relative_bias(
+    params: dict,
+    like: dict,
+    *,
+    old_size: tuple[int, int] | None = None,
+    new_size: tuple[int, int] | None = None,
+) -> dict:
     """Returns `params` with every relative bias table resized to the shape it has in `like`.
 
     Both are nested dicts of one architecture, `like` of arrays or shapes (`jax.eval_shape`) made
-    at the new image size; anything else is returned as it came. The image sizes have to be
-    square. Raises ValueError where the numbers of heads differ or a table is not a square's.
+    at the new image size; anything else is returned as it came. Sizes are heights and widths of
+    the images in pixels; one that is not given is taken to be square. Raises ValueError where the
+    numbers of heads differ, or a table is not one of its size, or of a square where none is given.
     """
 
     def adapt(tree, like, path):
@@ -448,22 +479,27 @@ def adapt_relative_bias(params: dict, like: dict) -> dict:
             return tree
         adapted = {key: adapt(tree[key], like.get(key), (*path, key)) for key in tree}
         old, new = tree.get("relative_bias"), like.get("relative_bias")
-        if old is None or new is None or old.shape == new.shape:
+        if old is None or new is None or (old.shape == new.shape and old_size == new_size):
             return adapted
         name = "/".join((*path, "relative_bias"))
         if old.shape[1] != new.shape[1]:
             raise ValueError(f"{name} has {old.shape[1]} heads, the model has {new.shape[1]}")
-        sides = [_square_side(rows, name) for rows in (old.shape[0], new.shape[0])]
-        resized = resize_relative_bias(old, (sides[0],) * 2, (sides[1],) * 2)
-        return {**adapted, "relative_bias": resized}
+        old_hw = _tokens(old.shape[0], name, old_size)
+        new_hw = _tokens(new.shape[0], name, new_size)
+        return {**adapted, "relative_bias": resize_relative_bias(old, old_hw, new_hw)}
 
     return adapt(params, like, ())
 
 
-def _square_side(entries, name):
-    side = round(entries**0.5)
-    if side * side != entries or side % 2 == 0:
-        raise ValueError(
-            f"{name} has {entries} rows, which is no square image: use resize_relative_bias"
-        )
-    return (side + 1) // 2
+def _tokens(entries, name, size):
+    """Rows and columns of tokens behind a table, from the image size or as a square."""
+    if size is None:
+        side = round(entries**0.5)
+        h = w = (side + 1) // 2
+    else:
+        stage = int(re.search(r"stage(\d)", name)[1])
+        h, w = (-(-pixels // 2 ** (stage + 1)) for pixels in size)
+    if entries != (2 * h - 1) * (2 * w - 1):
+        shape = "square image" if size is None else f"image of {size[0]}x{size[1]}"
+        raise ValueError(f"{name} has {entries} rows, which is no {shape}: give the sizes of both")
+    return h, w

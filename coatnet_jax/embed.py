@@ -58,7 +58,8 @@ def run(
     faces = open_split(data_folder, split, splits=splits)
     reference = open_split(data_folder, knn_reference, splits=splits)
     _check_size(len(faces))
-    name = {"pretrain": "pre-trained", "finetune": "fine-tuned"}[trained.stage]
+    names = {"pretrain": "pre-trained", "finetune": "fine-tuned", "timm": "imported"}
+    name = names[trained.stage]
     print(f"features of {len(faces):,} {split} and {len(reference):,} {knn_reference} faces …")
     features, scores = {}, {}
     for key, model in ((name, trained), ("untrained", untrained)):

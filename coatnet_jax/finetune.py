@@ -12,7 +12,7 @@ import optax
 from coatnet_jax.ages import N_AGES, age_class, expected_age, median_age
 from coatnet_jax.augment import mixup, supervised_view
 from coatnet_jax.heads import N_GENDERS, N_RACES, AgeModel
-from coatnet_jax.inference import Run, build_model, predict_split
+from coatnet_jax.inference import Run, build_model, image_format, predict_split
 from coatnet_jax.losses import age_distribution, cross_entropy, get_age_loss
 from coatnet_jax.metrics import accuracy, mae
 from coatnet_jax.stage import Setting, open_stage, run_stage
@@ -32,7 +32,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
             finetune_train_step,
             model=model,
             tx=tx,
-            view=partial(supervised_view, size=config.model.image_size, **config.augment.to_dict()),
+            view=partial(supervised_view, **image_format(config), **config.augment.to_dict()),
             loss_name=config.loss.name,
             sigma=config.loss.sigma,
             gender_weight=config.loss.gender,

@@ -16,15 +16,33 @@ logits_init = nn.initializers.normal(0.01)
 
 
 class ClassifierHead(nn.Module):
-    """CoAtNet's head: Dense(D) and tanh, then Dense(classes)."""
+    """CoAtNet's head: Dense(D) and tanh, left out without `hidden`, then Dense(classes)."""
 
     classes: int
+    hidden: bool = True
 
     @nn.compact
     def __call__(self, features: Float[Array, "b d"]) -> Float[Array, "b classes"]:
         """Returns float32 logits."""
-        x = jnp.tanh(nn.Dense(features.shape[-1], name="hidden")(features))
+        x = features
+        if self.hidden:
+            x = jnp.tanh(nn.Dense(features.shape[-1], name="hidden")(x))
         return nn.Dense(self.classes, kernel_init=logits_init, name="logits")(x)
+
+
+class ClassifierModel(nn.Module):
+    """A backbone and a `ClassifierHead`; parameters under `backbone` and `head`."""
+
+    backbone: nn.Module
+    classes: int
+    hidden: bool = True
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"], *, train: bool) -> dict[str, jax.Array]:
+        """Returns `features` [b, D] of the backbone and `logits` [b, classes], both float32."""
+        features = self.backbone(images, train=train)
+        logits = ClassifierHead(self.classes, self.hidden, name="head")(features)
+        return {"features": features, "logits": logits}
 
 
 class AgeHead(nn.Module):

@@ -14,10 +14,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from coatnet_jax.augment import eval_view
+from coatnet_jax.augment import IMAGE_MEAN, IMAGE_STD, eval_view
 from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.config import read_config
 from coatnet_jax.heads import AgeModel, ProjectionHead, SimCLRModel
+from coatnet_jax.import_timm import classifier
 from coatnet_jax.models import create_backbone
 from coatnet_jax.optim import first_trained_stage
 from coatnet_jax.sharding import make_mesh, replicate, shard_batch
@@ -26,12 +27,17 @@ from input_pipeline.pipeline import Faces, eval_loader
 
 
 def build_model(config: ml_collections.ConfigDict) -> nn.Module:
-    """The model of a run's config: SimCLRModel for pre-training, AgeModel for fine-tuning."""
+    """The model of a run's config: SimCLRModel for pre-training, AgeModel for fine-tuning.
+
+    And for weights that were imported from timm (stage 'timm') its classifier.
+    """
     options = {"drop_path": config.model.drop_path, "dtype": config.model.dtype}
     for name, default in (("remat", False), ("scan", False), ("attention", "xla")):
         # Left at its default, an option is not asked of the models that lack it.
         if (value := config.model.get(name, default)) != default:
             options[name] = value
+    if config.stage == "timm":
+        return classifier(config.model.name, classes=config.model.classes, **options)
     if config.stage == "pretrain":
         projection = ProjectionHead(**config.projection.to_dict())
         return SimCLRModel(create_backbone(config.model.name, **options), projection)
@@ -39,20 +45,36 @@ def build_model(config: ml_collections.ConfigDict) -> nn.Module:
     return AgeModel(create_backbone(config.model.name, frozen_below=frozen_below, **options))
 
 
-@partial(jax.jit, static_argnames=("model", "image_size"))
+def normalisation(config: ml_collections.ConfigDict) -> dict[str, tuple[float, ...]]:
+    """`mean` and `std` of a run's views; ImageNet's where its config is older than these keys."""
+    return {
+        "mean": tuple(config.model.get("mean", IMAGE_MEAN)),
+        "std": tuple(config.model.get("std", IMAGE_STD)),
+    }
+
+
+def image_format(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What a run's views look like: `size` in pixels, and `mean` and `std` of the channels."""
+    return {"size": config.model.image_size, **normalisation(config)}
+
+
+VIEW = ("size", "mean", "std")  # static arguments of the steps, those of `image_format`
+
+
+@partial(jax.jit, static_argnames=("model", *VIEW))
 def features_step(
-    variables: Any, images: UInt8[Array, "b h w 3"], *, model: nn.Module, image_size: int
+    variables: Any, images: UInt8[Array, "b h w 3"], *, model: nn.Module, **view: Any
 ) -> Float[Array, "b d"]:
     """The backbone's pooled features of whole images."""
-    return model.apply(variables, eval_view(images, size=image_size), train=False)["features"]
+    return model.apply(variables, eval_view(images, **view), train=False)["features"]
 
 
-@partial(jax.jit, static_argnames=("model", "image_size", "flip"))
+@partial(jax.jit, static_argnames=("model", "flip", *VIEW))
 def probabilities_step(
-    variables: Any, images: UInt8[Array, "b h w 3"], *, model: AgeModel, image_size: int, flip: bool
+    variables: Any, images: UInt8[Array, "b h w 3"], *, model: AgeModel, flip: bool, **view: Any
 ) -> Float[Array, "b 117"]:
     """Probabilities of the ages 0-116; with `flip`, the mean over the image and its mirror."""
-    views = eval_view(images, size=image_size)
+    views = eval_view(images, **view)
     logits = model.apply(variables, views, train=False)["age"]
     probabilities = jax.nn.softmax(logits)
     if flip:
@@ -95,12 +117,12 @@ def predict_split(
     return np.concatenate(outputs), joined
 
 
-@partial(jax.jit, static_argnames=("model", "image_size"))
+@partial(jax.jit, static_argnames=("model", *VIEW))
 def attributes_step(
-    variables: Any, images: UInt8[Array, "b h w 3"], *, model: AgeModel, image_size: int
+    variables: Any, images: UInt8[Array, "b h w 3"], *, model: AgeModel, **view: Any
 ) -> Float[Array, "b 7"]:
     """Probabilities of the two genders and the five races, side by side."""
-    out = model.apply(variables, eval_view(images, size=image_size), train=False)
+    out = model.apply(variables, eval_view(images, **view), train=False)
     return jnp.concatenate([jax.nn.softmax(out[key]) for key in ("gender", "race")], axis=-1)
 
 
@@ -117,7 +139,7 @@ class Run:
 
     @property
     def stage(self) -> str:
-        """'pretrain' or 'finetune'."""
+        """'pretrain', 'finetune', or 'timm' for imported weights."""
         return self.config.stage
 
     @property
@@ -155,14 +177,14 @@ class Run:
 
     def attributes(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 7"]:
         """Probabilities of the genders (two columns) and races (five) of UTKFace's labels."""
-        step = partial(attributes_step, model=build_model(self.config), image_size=self.image_size)
+        step = partial(attributes_step, model=build_model(self.config), **image_format(self.config))
         return apply_in_batches(
             step, self.variables, images, batch_size=self.batch_size, mesh=self.mesh
         )
 
     @property
     def _features_step(self) -> Callable:
-        return partial(features_step, model=build_model(self.config), image_size=self.image_size)
+        return partial(features_step, model=build_model(self.config), **image_format(self.config))
 
     def _probabilities_step(self, flip: bool) -> Callable:
         if self.stage != "finetune":
@@ -173,8 +195,8 @@ class Run:
         return partial(
             probabilities_step,
             model=build_model(self.config),
-            image_size=self.image_size,
             flip=flip,
+            **image_format(self.config),
         )
 
 

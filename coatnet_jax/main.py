@@ -1,4 +1,4 @@
-"""The command line: demo, prepare, pretrain, embed, finetune, evaluate, predict, models."""
+"""The command line: the commands of `coatnet-jax`, each in a module of its own."""
 
 import argparse
 import os
@@ -104,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         "--root", default="", help="folder for built data (default: the user's cache)"
     )
 
+    weights = add("import-timm", _import_timm, "weights of timm's CoAtNets as a run to start from")
+    weights.add_argument(
+        "source", help="a name (coatnet_nano_rw_224.sw_in1k), or a .safetensors or .pth file"
+    )
+    weights.add_argument("--workdir", required=True, help="folder to write, for config.init_from")
+    weights.add_argument("--model", help="which model it is, where the file's name does not say")
+
     for name, text in (
         ("pretrain", "SimCLR pre-training: --config=pretrain:micro --workdir=FOLDER"),
         (
@@ -153,6 +160,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
     folder = data_folder(arguments.name, arguments.root)
     prepare(arguments.source, folder.parent, name=arguments.name)
+
+
+def _import_timm(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.pretrained import run
+
+    run(arguments.source, Path(arguments.workdir), model=arguments.model)
 
 
 def _run_data(arguments: argparse.Namespace) -> Path:

@@ -10,8 +10,9 @@ import flax.linen as nn
 from coatnet_jax.baselines import inverted_residual, resnet, vit
 from coatnet_jax.baselines.simple_cnn import SimpleCNN
 from coatnet_jax.coatnet import VARIANTS, CoAtNet
+from coatnet_jax.coatnet_rw import RW_VARIANTS
 
-# Baselines: name -> (constructor, source). CoAtNets are those of `VARIANTS`.
+# Baselines: name -> (constructor, source). The CoAtNets are in `VARIANTS` and `RW_VARIANTS`.
 BASELINES = {
     "simple_cnn": (SimpleCNN, "tutorials, no paper"),
     **{
@@ -35,7 +36,7 @@ BASELINES = {
         "Dosovitskiy et al. 2020, arXiv 2010.11929; small: Touvron et al. 2020, arXiv 2012.12877",
     ),
 }
-BACKBONES = (*VARIANTS, *BASELINES)
+BACKBONES = (*VARIANTS, *RW_VARIANTS, *BASELINES)
 
 
 def create_backbone(
@@ -63,12 +64,14 @@ def source(name: str) -> str:
     paper = "Dai et al. 2021, arXiv 2106.04803"
     if name in ("coatnet_micro", "coatnet_atto"):
         return f"this project, after {paper}"
-    return paper if name.removeprefix("coatnet_").isdigit() else f"timm, after {paper}"
+    return f"timm, after {paper}" if name in RW_VARIANTS else paper
 
 
 def _constructor(name: str) -> Callable[..., nn.Module]:
     if name in VARIANTS:
         return functools.partial(CoAtNet, VARIANTS[name])
+    if name in RW_VARIANTS:
+        return functools.partial(CoAtNet, RW_VARIANTS[name])
     if name in BASELINES:
         return BASELINES[name][0]
     near = difflib.get_close_matches(name, BACKBONES, n=3) or BACKBONES

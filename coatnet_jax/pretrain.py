@@ -12,7 +12,7 @@ import optax
 
 from coatnet_jax.augment import simclr_view
 from coatnet_jax.heads import SimCLRModel
-from coatnet_jax.inference import Run, build_model
+from coatnet_jax.inference import Run, build_model, image_format
 from coatnet_jax.losses import nt_xent
 from coatnet_jax.metrics import knn_mae
 from coatnet_jax.stage import Setting, open_stage, run_stage
@@ -32,7 +32,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
             pretrain_train_step,
             model=model,
             tx=tx,
-            view=partial(simclr_view, size=config.model.image_size, **config.augment.to_dict()),
+            view=partial(simclr_view, **image_format(config), **config.augment.to_dict()),
             temperature=config.loss.temperature,
             decoupled=config.loss.decoupled,
         ),

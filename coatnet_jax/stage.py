@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from coatnet_jax import loop
 from coatnet_jax.checkpoint import FOLDER, Checkpoints, load_backbone
 from coatnet_jax.config import flat_keys, read_config
+from coatnet_jax.inference import normalisation
 from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
 from coatnet_jax.optim import create_optimizer, warmup_cosine
 from coatnet_jax.paths import data_folder
@@ -45,6 +46,7 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     Raises FileNotFoundError where the data set is not prepared; ValueError where the batch cannot
     be split over the devices or `workdir` holds a run of another config.
     """
+    _keep_normalisation(config, workdir)
     _check_same_config(config, workdir)
     if config.data.cache not in CACHES:
         raise ValueError(f"data.cache must be one of {CACHES}, not {config.data.cache!r}")
@@ -69,10 +71,28 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     return Setting(config, Path(workdir), mesh, train_faces, validation_faces, schedule)
 
 
+def _keep_normalisation(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Have images normalised as those were that the start weights saw; printed where it differs."""
+    resuming = (workdir / FOLDER).is_dir()
+    source = workdir if resuming else Path(config.init_from) if config.init_from else None
+    if source is None or not (source / "config.json").is_file():
+        return
+    theirs = normalisation(read_config(source / "config.json"))
+    if theirs != normalisation(config):
+        print(
+            f"[{config.stage}] images are normalised as for {source}: mean {theirs['mean']}, "
+            f"std {theirs['std']} instead of the config's",
+            flush=True,
+        )
+    with config.model.unlocked():
+        config.model.update(theirs)
+
+
 def _check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if not (workdir / FOLDER).is_dir() or not (workdir / "config.json").is_file():
         return
     before = read_config(workdir / "config.json")
+    before.model.update(normalisation(before))
     there, here = (dict(zip(flat_keys(c), _leaves(c), strict=True)) for c in (before, config))
     differing = [
         f"{key} {there.get(key)!r} there, {here.get(key)!r} here"

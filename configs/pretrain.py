@@ -4,8 +4,10 @@
 
 The argument after the colon is a list of words, the first one the model:
 
-    micro, atto, coatnet_0 … coatnet_5    the backbone, or one to compare with:
-    simple_cnn, resnet18, resnet34, resnet50, efficientnet_b0, mobilenet_v2, vit_s16
+    micro, atto, coatnet_0 … coatnet_5    the backbone; coatnet_nano_rw, coatnet_rmlp_1_rw, …
+               are timm's, for weights that `coatnet-jax import-timm` brought here; to compare
+               with: simple_cnn, resnet18, resnet34, resnet50, efficientnet_b0, mobilenet_v2 and
+               vit_s16
     drawn      the drawn faces instead of UTKFace (48 px, minutes on two CPU cores)
     cpu        UTKFace at 48 px: about an hour on two CPU cores with `micro`
     bf16       bfloat16 compute with float32 parameters
@@ -17,11 +19,13 @@ Views follow the SimCLR paper with weaker crops and blur, which would remove wha
 
 import ml_collections
 
+RW = ("nano_rw", "0_rw", "1_rw", "2_rw", "3_rw", "bn_0_rw")
+RMLP = ("rmlp_nano_rw", "rmlp_1_rw", "rmlp_1_rw2", "rmlp_2_rw")
 BASELINES = (
     *("simple_cnn", "resnet18", "resnet34", "resnet50"),
     *("efficientnet_b0", "mobilenet_v2", "vit_s16"),
 )
-MODELS = ("micro", "atto", *(f"coatnet_{i}" for i in range(6)), *BASELINES)
+MODELS = ("micro", "atto", *(f"coatnet_{i}" for i in (*range(6), *RW, *RMLP)), *BASELINES)
 WORDS = ("drawn", "cpu", "bf16", "lars", "tiny")
 
 
@@ -52,6 +56,9 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.name = f"coatnet_{model}" if model in ("micro", "atto") else model
     config.model.image_size = 112
+    # Taken from the channels, of values 0-1; weights in `init_from` that had others keep them.
+    config.model.mean = (0.485, 0.456, 0.406)
+    config.model.std = (0.229, 0.224, 0.225)
     config.model.drop_path = 0.0
     config.model.dtype = "float32"
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time

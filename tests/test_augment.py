@@ -45,6 +45,17 @@ def test_views_with_nothing_drawn_are_the_normalised_images(faces):
     np.testing.assert_array_equal(augment.denormalize(_simclr(faces)), faces)
 
 
+def test_views_take_another_mean_and_standard_deviation(faces):
+    other = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
+    expected = (faces / 255 - other["mean"]) / other["std"]
+    supervised = supervised_view(
+        jax.random.key(0), faces, size=32, **AS_IT_IS, erase_prob=0.0, **other
+    )
+    for view in (_simclr(faces, **other), supervised, augment.eval_view(faces, size=32, **other)):
+        np.testing.assert_allclose(view, expected, atol=2e-5)
+    np.testing.assert_array_equal(augment.denormalize(supervised, **other), faces)
+
+
 def test_full_strength_views_are_finite_and_in_range(faces):
     for seed in range(3):
         view = simclr_view(jax.random.key(seed), faces[:, :, :24], size=20, jitter=1.0)

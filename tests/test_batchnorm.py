@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coatnet_jax.batchnorm import BatchNorm, gelu
+from coatnet_jax.batchnorm import BatchNorm, gelu, silu
 from coatnet_jax.conv import Conv3x3
 
 
@@ -92,3 +92,13 @@ def test_conv3x3_matches_flax_with_gradients(h, w, stride):
 
     for a, b in zip(jax.tree.leaves(run(ours)), jax.tree.leaves(run(theirs)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_silu_is_flaxs_with_its_gradient(x):
+    dy = jax.random.normal(jax.random.key(2), x.shape)
+    (y, dx), (expected, expected_dx) = (
+        (f(x), jax.grad(lambda x, f=f: (f(x) * dy).sum())(x)) for f in (silu, nn.silu)
+    )
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    np.testing.assert_allclose(dx, expected_dx, atol=1e-5)
+    assert silu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16

@@ -36,7 +36,8 @@ class Classifier(nn.Module):
 
 
 def shapes(model, size=224):
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    h, w = size if isinstance(size, tuple) else (size, size)
+    images = jax.ShapeDtypeStruct((1, h, w, 3), jnp.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
@@ -187,6 +188,26 @@ def test_adapted_weights_run_at_another_size_and_others_are_untouched():
     table = ("stage3_block0", "attention", "relative_bias")
     old, new = (p[table[0]][table[1]][table[2]] for p in (params["params"], back))
     np.testing.assert_allclose(old, new, atol=1e-6)
+
+
+def test_weights_adapt_between_squares_and_rectangles():
+    model, small, wide = CoAtNet(TINY), (128, 128), (100, 76)
+    square, rectangle = shapes(model, small)["params"], shapes(model, wide)["params"]
+    params = filled(square)
+    adapted = adapt_relative_bias(params, rectangle, old_size=small, new_size=wide)
+    assert jax.tree.map(jnp.shape, adapted) == jax.tree.map(jnp.shape, rectangle)
+    for stage, old, new in ((3, (8, 8), (7, 5)), (4, (4, 4), (4, 3))):
+        before, after = (
+            tree[f"stage{stage}_block0"]["attention"]["relative_bias"] for tree in (params, adapted)
+        )
+        np.testing.assert_array_equal(after, resize_relative_bias(before, old, new))
+    # As many rows, but of 5x7 tokens: without the sizes nothing could tell.
+    turned = adapt_relative_bias(adapted, rectangle, old_size=wide, new_size=wide[::-1])
+    table = ("stage3_block0", "attention", "relative_bias")
+    before, after = (np.asarray(t[table[0]][table[1]][table[2]]) for t in (adapted, turned))
+    np.testing.assert_array_equal(after, resize_relative_bias(before, (7, 5), (5, 7)))
+    with pytest.raises(ValueError, match="has 117 rows, which is no image of 128x128"):
+        adapt_relative_bias(adapted, square, old_size=small, new_size=wide)
 
 
 def test_adapting_to_other_heads_or_from_a_rectangle_raises():
