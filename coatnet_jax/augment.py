@@ -130,7 +130,7 @@ def normalize(
     images: Array, *, mean: tuple[float, ...] = IMAGE_MEAN, std: tuple[float, ...] = IMAGE_STD
 ) -> Float[Array, "*b h w 3"]:
     """RGB 0-255 as float32 with the mean and standard deviation of values 0-1 taken out."""
-    mean, std = np.array(mean, np.float32), np.array(std, np.float32)
+    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
     return (images.astype(jnp.float32) - 255 * mean) * (1 / (255 * std))
 
 
@@ -141,7 +141,7 @@ def denormalize(
     std: tuple[float, ...] = IMAGE_STD,
 ) -> UInt8[Array, "*b h w 3"]:
     """Normalised images back as uint8 0-255, for looking at."""
-    pixels = 255 * (images * np.array(std, np.float32) + np.array(mean, np.float32))
+    pixels = 255 * (images * jnp.asarray(std, jnp.float32) + jnp.asarray(mean, jnp.float32))
     return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
 
 
