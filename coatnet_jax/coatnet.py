@@ -319,7 +319,7 @@ class RelativeAttention(nn.Module):
         qkv = dense(3 * inner, name="qkv")(x).reshape(b, h * w, 3, heads, self.head_dim)
         q, k, v = (qkv[:, :, n] for n in range(3))
         y = attend(q, k, v, relative_bias(table, (h, w)), implementation=self.implementation)
-        return dense(self.width, name="out")(y.reshape(b, h, w, self.width))
+        return dense(self.width, name="out")(y.reshape(b, h, w, inner))
 
     def _table(self, h, w, heads):
         self._check_table(h, w)
