@@ -85,9 +85,9 @@ def prepare(
     """
     progress, splits = progress or (lambda line: None), dict(splits or {})
     _check_settings(transform, transform_id, beam_runner, drop_conflicts, splits)
+    _check_place(Path(root).expanduser(), name, source)
     found_layout = find_layout(source, layout=layout, labels=labels, age_column=age_column)
     folder = Path(root).expanduser() / (name or found_layout.name)
-    _check_place(folder, name or found_layout.name, source)
     settings = {
         "name": folder.name,
         "layout": found_layout.name,
@@ -151,7 +151,8 @@ def _check_settings(
             raise FileNotFoundError(f"split file {path} does not exist")
 
 
-def _check_place(folder: Path, name: str, source: Source) -> None:
+def _check_place(root: Path, name: str, source: Source) -> None:
+    folder = root / name
     if name != Path(name).name or name.startswith("."):
         raise ValueError(f"data name {name!r} must be a plain folder name, such as 'utkface'")
     for path in resolve_source(source):

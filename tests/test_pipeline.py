@@ -227,7 +227,7 @@ def test_unknown_names_list_the_known_ones(folder, tmp_path):
     known = "it has test, train, validation; did you mean validation\\?"
     with pytest.raises(ValueError, match=f"unknown split 'valdation' .*{known}"):
         open_split(folder, "valdation")
-    with pytest.raises(ValueError, match="unknown splits 'other': .* has default; a CSV"):
+    with pytest.raises(ValueError, match="unknown splits 'other': .* has 80_10_10, default, fold0, .*; a CSV"):
         open_split(folder, "train", splits="other")
     with pytest.raises(FileNotFoundError, match="prepare it first"):
         open_split(tmp_path, "train")
