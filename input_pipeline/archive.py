@@ -21,6 +21,7 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_FILE_BYTES = 256 << 20
 # Pictures are packed already: what grows more than this in unpacking is no picture.
 MAX_RATIO = 200
+PART_FILES = 1000  # of a source that is read by many workers
 _SMALL = 1 << 20  # bytes; below this a file may be packed as well as it likes
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
@@ -73,17 +74,19 @@ class Part(NamedTuple):
     stop: int | None
 
 
-def split_source(source: Source, size: int = 1000) -> list[Part]:
-    """Returns parts of about `size` files which make up `source`, to be read apart.
+def split_source(source: Source) -> list[Part]:
+    """Returns parts of at most PART_FILES files which make up `source`, to be read apart.
 
     A tar has no table of contents, so it is one part.
     """
     paths, parts = resolve_source(source), []
     for path in paths:
         count = count_files(path)
-        starts = range(0, count, size) if count is not None else (0,)
-        stop = {start: start + size if count is not None else None for start in starts}
-        parts += [Part(path, len(paths) > 1, start, stop[start]) for start in starts]
+        if count is None:
+            parts.append(Part(path, len(paths) > 1, 0, None))
+        else:
+            starts = range(0, count, PART_FILES)
+            parts += [Part(path, len(paths) > 1, start, start + PART_FILES) for start in starts]
     return parts
 
 

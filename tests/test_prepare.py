@@ -166,6 +166,20 @@ def test_label_rows_are_the_records_in_order_with_their_original_bytes(kaggle):
         assert labels["height"][i] == labels["width"][i] == 48
 
 
+def test_crop_and_the_photo_it_was_cut_from_stay_together(tmp_path):
+    crops = {f"UTKFace/{name(i * 3 % 18, i % 2, i % 5, i)}": jpeg(i) for i in range(30)}
+    photos = {
+        path.replace("UTKFace", "part1").replace(".chip.jpg", ""): jpeg(100 + i, size=64)
+        for i, path in enumerate(crops)
+    }
+    info = quiet(write_zip(tmp_path / "both.zip", crops | photos), tmp_path)
+    assert info["kept"] == 60 and info["near_groups"] == 30
+    for path in (tmp_path / "utkface" / "splits").glob("*.csv"):
+        where = {file: row.split for file, row in read_splits(path).items()}
+        for crop in map(os.path.basename, crops):
+            assert where[crop] == where[crop.replace(".chip.jpg", "")]
+
+
 def test_summary_names_every_count(kaggle):
     _, _, info = kaggle
     table = summary(info)
