@@ -210,7 +210,18 @@ def test_closed_iterator_says_so(faces):
         next(iterator)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_four_processes_see_every_image_of_an_epoch_once(faces):
+    """Each stretch of 4 x 7 images is read by four processes, and an epoch of 42 by all of them."""
+    shares = [
+        take(train_loader(faces, **options(batch_size=7, process_index=p, process_count=4)), 3)
+        for p in range(4)
+    ]
+    steps = [indices([share[step] for share in shares]) for step in range(3)]
+    assert all(len(set(step.tolist())) == 28 for step in steps[:1])
+    np.testing.assert_array_equal(np.sort(np.concatenate(steps)), np.repeat(np.arange(42), 2))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch_size", [5, 7, 42])
 def test_evaluation_sees_every_row_once_in_order_and_pads_the_end(faces, processes, batch_size):
     parts = [
@@ -254,7 +265,9 @@ def test_unknown_names_list_the_known_ones(folder, tmp_path):
     known = "it has test, train, validation; did you mean validation\\?"
     with pytest.raises(ValueError, match=f"unknown split 'valdation' .*{known}"):
         open_split(folder, "valdation")
-    with pytest.raises(ValueError, match="unknown splits 'other': .* has default; a CSV"):
+    with pytest.raises(
+        ValueError, match="unknown splits 'other': .* has 80_10_10, default, fold0, .*; a CSV"
+    ):
         open_split(folder, "train", splits="other")
     with pytest.raises(FileNotFoundError, match="prepare it first"):
         open_split(tmp_path, "train")
@@ -289,11 +302,20 @@ def test_wrong_loader_settings_are_refused(faces, changes, reason):
 
 @pytest.mark.slow
 def test_real_faces_are_counted_as_published(real_faces, tmp_path):
-    info = prepare(f"{real_faces}/utkface-*.tar", tmp_path, name="utkface", progress=None)
+    protocol = real_faces / "utkface-protocol-21-60.csv"
+    info = prepare(
+        f"{real_faces}/utkface-*.tar",
+        tmp_path,
+        splits={"utkface_21_60": protocol} if protocol.exists() else {},
+        progress=None,
+    )
     if info["found"] != 21_287:
         pytest.skip(f"{info['found']} faces here, not the 21,287 whose counts are known")
     assert info["kept"] == 21_287 and info["straddling_groups"] == 0
     assert (info["duplicate_groups"], info["duplicate_files"]) == (344, 702)
-    assert info["conflicting_age_groups"] == 189
+    assert info["conflicting_age_groups"] == 189 and info["near_groups"] == 497
+    if published := info["protocols"].get("utkface_21_60"):
+        assert published["splits"] == {"train": 11_802, "test": 2_934}
+        assert published["straddling_identical_groups"] == 77
     shares = [count / info["kept"] for count in info["classes"].values()]
     np.testing.assert_allclose(shares, (0.179, 0.539, 0.182, 0.101), atol=0.002)

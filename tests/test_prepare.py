@@ -14,10 +14,13 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from input_pipeline.agedb.agedb_dataset_builder import Builder as AgeDBBuilder
+from input_pipeline.folder.folder_dataset_builder import Builder as FolderBuilder
 from input_pipeline.images import MAX_PIXELS, decode_checked, decode_image, pixel_hash
+from input_pipeline.pipeline import open_split
 from input_pipeline.prepare import prepare, read_labels, records_folder, summary
 from input_pipeline.splits import read_splits
-from input_pipeline.utkface.utkface_dataset_builder import Builder
+from input_pipeline.utkface.utkface_dataset_builder import Builder as UTKFaceBuilder
 
 
 def picture(seed, size=48):
@@ -143,9 +146,10 @@ def test_duplicates_with_other_ages_are_counted_and_kept_together(kaggle):
     assert (info["conflicting_age_groups"], info["straddling_groups"]) == (1, 0)
     labels = read_labels(root / "utkface")
     where = read_splits(root / "utkface" / "splits" / "default.csv")
+    assert all(row.pixel_hash for row in where.values())
     assert sorted(where) == sorted(labels["file"])
     twice = [i for i, key in enumerate(labels["pixel_hash"]) if labels["pixel_hash"].count(key) > 1]
-    assert len({where[labels["file"][i]] for i in twice}) == 1
+    assert len({where[labels["file"][i]].split for i in twice}) == 1
     assert {labels["age"][i] for i in twice} == {0, 70}
 
 
@@ -162,6 +166,20 @@ def test_label_rows_are_the_records_in_order_with_their_original_bytes(kaggle):
         assert record["age"] == labels["age"][i] == int(file.split("/")[-1].split("_")[0])
         assert labels["pixel_hash"][i] == pixel_hash(decode_checked(record["image"]))
         assert labels["height"][i] == labels["width"][i] == 48
+
+
+def test_crop_and_the_photo_it_was_cut_from_stay_together(tmp_path):
+    crops = {f"UTKFace/{name(i * 3 % 18, i % 2, i % 5, i)}": jpeg(i) for i in range(30)}
+    photos = {
+        path.replace("UTKFace", "part1").replace(".chip.jpg", ""): jpeg(100 + i, size=64)
+        for i, path in enumerate(crops)
+    }
+    info = quiet(write_zip(tmp_path / "both.zip", crops | photos), tmp_path)
+    assert info["kept"] == 60 and info["near_groups"] == 30
+    for path in (tmp_path / "utkface" / "splits").glob("*.csv"):
+        where = {file: row.split for file, row in read_splits(path).items()}
+        for crop in map(os.path.basename, crops):
+            assert where[crop] == where[crop.replace(".chip.jpg", "")]
 
 
 def test_summary_names_every_count(kaggle):
@@ -221,11 +239,43 @@ def test_half_built_folder_is_built_again(tmp_path, damage):
     assert sorted(os.listdir(tmp_path)) == ["faces.zip", "utkface"]
 
 
+def upside_down(data):
+    """A transform as pre-processing gives it: new bytes, or a reason to leave the picture out."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if image.shape[0] != 48:
+        raise ValueError("no face found")
+    return cv2.imencode(".png", image[::-1])[1].tobytes()
+
+
+def test_transform_makes_the_kept_bytes_or_says_why_not(tmp_path):
+    files = faces(10) | {f"UTKFace/{name(30, 0, 0, 900)}": jpeg(900, size=40)}
+    source = write_zip(tmp_path / "faces.zip", files)
+    plain = quiet(source, tmp_path / "plain")
+    turned = {"transform": upside_down, "transform_id": "upside_down 1"}
+    info = quiet(source, tmp_path / "turned", **turned)
+    assert info["kept"] == 10 and info["skipped"] == {"no face found": 1}
+    assert info["transform_id"] == "upside_down 1" and plain["transform_id"] == ""
+    faces_ = open_split(tmp_path / "turned" / "utkface", "train+validation+test")
+    assert faces_.fingerprint == info["fingerprint"] != plain["fingerprint"]
+    for i in range(len(faces_)):
+        row = faces_[i]
+        expected = decode_checked(files[f"UTKFace/{row['file']}"])[::-1]
+        np.testing.assert_array_equal(decode_checked(row["image"]), expected)
+    lines = []
+    prepare(source, tmp_path / "turned", name="utkface", progress=lines.append, **turned)
+    assert "is ready" in lines[0]
+    turned["transform_id"] = "upside_down 2"
+    prepare(source, tmp_path / "turned", name="utkface", progress=lines.append, **turned)
+    assert "another source or settings" in lines[1]
+    with pytest.raises(ValueError, match="go together"):
+        quiet(source, tmp_path, transform=upside_down)
+
+
 def test_failure_leaves_nothing_behind(tmp_path):
     source = write_tar(tmp_path / "faces.tar", faces(12))
     source.write_bytes(source.read_bytes()[:9000])
     with pytest.raises(ValueError, match="cut short"):
-        quiet(source, tmp_path / "data")
+        quiet(source, tmp_path / "data", layout="utkface")
     assert os.listdir(tmp_path / "data") == []
 
 
@@ -246,8 +296,8 @@ def test_folder_of_other_files_is_never_replaced(tmp_path):
         ({}, "holds no images \\(0 other files\\)"),
         (
             {f"photos/img{i}.jpg": jpeg(i) for i in range(5)},
-            "has 5 images but none with a UTKFace name: found photos/img0.jpg, photos/img1.jpg, "
-            "photos/img2.jpg; expected \\[age\\]_",
+            "the ages of its 5 or more images were not found: not in names such as "
+            "photos/img0.jpg, photos/img1.jpg, photos/img2.jpg, .*--labels",
         ),
         ({name(20, 0, 0, 0): jpeg(0)[:-9]}, "none of 1 images can be used; 1 of them: image cut"),
     ],
@@ -267,13 +317,44 @@ def test_missing_source_and_bad_name_raise(tmp_path):
         read_labels(tmp_path)
 
 
-def test_builder_reads_the_manual_folder_as_tfds_does(tmp_path):
-    write_folder(tmp_path / "manual", faces(6))
-    builder = Builder(data_dir=tmp_path / "tfds")
+@pytest.mark.parametrize(
+    ("builder_class", "form"),
+    [
+        (UTKFaceBuilder, "UTKFace/2{i}_0_1_2017011617452512{i}.jpg.chip.jpg"),
+        (AgeDBBuilder, "AgeDB/{i}_SomeBody_2{i}_m.jpg"),
+        (FolderBuilder, "02{i}/me.jpg"),
+    ],
+)
+def test_builder_reads_the_manual_folder_as_tfds_does(tmp_path, builder_class, form):
+    write_folder(tmp_path / "manual", {form.format(i=i): jpeg(i) for i in range(6)})
+    builder = builder_class(data_dir=tmp_path / "tfds")
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=tmp_path / "manual")
     )
-    assert len(builder.as_data_source(split="faces")) == 6
+    records = builder.as_data_source(split="faces")
+    assert sorted(int(record["age"]) for record in records) == list(range(20, 26))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"drop_conflicts": -1}, "0 years or more, got -1"),
+        ({"splits": {"a/b": "s.csv"}}, "splits name 'a/b' must be a plain word"),
+        ({"splits": {"theirs": "none.csv"}}, "none.csv does not exist"),
+        ({"splits": {"fold0": "s.csv"}}, "the splits fold0 are made here"),
+        ({"beam_runner": "DirectRunner"}, "pip install 'coatnet-jax\\[beam\\]'"),
+        ({"layout": "agedb"}, "none of 4 images can be used; 4 of them: not an AgeDB name"),
+    ],
+)
+def test_wrong_settings_raise_one_clear_line(tmp_path, monkeypatch, options, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    files = faces(4)
+    rows = "".join(f"{path},train\n" for path in files)
+    (tmp_path / "s.csv").write_text(f"file,split\n{rows}")
+    with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
+        quiet(write_zip(tmp_path / "faces.zip", files), tmp_path / "data", **options)
+    assert "\n" not in str(error.value)
 
 
 def encode(image, kind, **options):
