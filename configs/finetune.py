@@ -42,7 +42,7 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.stage = "finetune"
     config.epochs = 60.0
     config.batch_size = 128
-    config.init_from = ""  # a pre-training run; empty: from scratch
+    config.init_from = ""  # a pre-training or import-timm folder; empty: from scratch
     config.max_minutes = 0.0  # stop cleanly after this long (0: never); the same command resumes
 
     config.data = data = ml_collections.ConfigDict()

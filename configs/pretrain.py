@@ -42,7 +42,7 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.stage = "pretrain"
     config.epochs = 100.0
     config.batch_size = 512
-    config.init_from = ""  # a run to take the backbone from
+    config.init_from = ""  # a run or import-timm folder to take the backbone from
     config.max_minutes = 0.0  # stop cleanly after this long (0: never); the same command resumes
 
     config.data = data = ml_collections.ConfigDict()
