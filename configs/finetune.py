@@ -107,7 +107,7 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
         data.image_size, config.model.image_size = 80, 64
         config.epochs, optim.warmup_epochs, config.ema = 20, 1.0, 0.998
         # A short pre-training leaves the early layers much to learn.
-        optim.lr, optim.layer_decay, config.model.drop_path = 4e-4, 0.9, 0.1
+        optim.lr, optim.layer_decay, config.model.drop_path = 1e-3, 0.9, 0.1
     if "bf16" in words:
         config.model.dtype = "bfloat16"
     if "tiny" in words:
