@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from input_pipeline.images import decode_image
-from input_pipeline.prepare import read_labels, records_folder
+from input_pipeline.prepare import read_labels, read_transform_id, records_folder
 from input_pipeline.splits import fingerprint, read_splits
 
 __all__ = ["Faces", "decode_image", "eval_loader", "open_split", "train_loader"]
@@ -104,7 +104,11 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
         split=split,
         labels=numbers | text,
         records=np.array(chosen, np.int64),
-        fingerprint=fingerprint([table["pixel_hash"][row] for row in rows], names),
+        fingerprint=fingerprint(
+            [table["pixel_hash"][row] for row in rows],
+            names,
+            transform_id=read_transform_id(folder),
+        ),
         missing=len(where) - len(rows),
     )
 

@@ -30,10 +30,11 @@ from input_pipeline.archive import (
     resolve_source,
 )
 from input_pipeline.names import UTKFACE_PATTERN, parse_utkface_name
+from input_pipeline.scan import Transform
 from input_pipeline.splits import assign_splits, fingerprint, straddling_groups, write_splits
 from input_pipeline.utkface.utkface_dataset_builder import Builder
 
-FORMAT = 1
+FORMAT = 2
 LABEL_COLUMNS = ("file", "age", "gender", "race", "pixel_hash", "height", "width")
 _OURS = {"tfds", "labels.csv", "splits", "skipped.csv", "prepare.json"}
 _CLASSES = (("<18", 0, 17), ("18-40", 18, 40), ("41-60", 41, 60), (">60", 61, 116))
@@ -47,6 +48,8 @@ def prepare(
     *,
     name: str,
     seed: int = 0,
+    transform: Transform | None = None,
+    transform_id: str = "",
     progress: Progress | None = print,
 ) -> dict[str, Any]:
     """Builds `root/name` from UTKFace images in `source` and returns what prepare.json holds.
@@ -55,18 +58,32 @@ def prepare(
     same source and seed prepared before is reused, with a line saying so; another source replaces
     it. The folder appears only when it is complete. `progress` gets lines of text; None is silent.
 
+    `transform` is a picklable function from the bytes of a file to the bytes that are kept (a face
+    crop, say), which raises ValueError with the reason to leave a file out. `transform_id` names it
+    with its settings and version: it is part of prepare.json, of what tells whether a folder can be
+    reused, and of the fingerprint.
+
     Raises FileNotFoundError or ValueError, with one clear line, when there is nothing to prepare.
     """
     progress = progress or (lambda line: None)
     folder = Path(root).expanduser() / name
     _check_place(folder, name, source)
-    source_id = _source_id(source, seed)
+    if bool(transform) != bool(transform_id):
+        raise ValueError("a transform and its transform_id go together: give both or neither")
+    source_id = _source_id(source, seed, transform_id)
     if ready := _reuse(folder, source_id, progress):
         return ready
     partial = _partial_folder(folder)
     try:
-        found, skipped = _build_records(source, partial, progress)
-        info = _write_tables(partial, skipped, found=found, seed=seed, source_id=source_id)
+        found, skipped = _build_records(source, partial, progress, transform)
+        info = _write_tables(
+            partial,
+            skipped,
+            found=found,
+            seed=seed,
+            source_id=source_id,
+            transform_id=transform_id,
+        )
         _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -106,6 +123,11 @@ def read_labels(folder: str | Path) -> dict[str, list]:
     return {c: [row[c] if c in text else int(row[c]) for row in rows] for c in LABEL_COLUMNS}
 
 
+def read_transform_id(folder: str | Path) -> str:
+    """Returns what was done to the pictures of a prepared folder ('' for nothing)."""
+    return json.loads((Path(folder) / "prepare.json").read_text()).get("transform_id", "")
+
+
 def records_folder(folder: str | Path) -> Path:
     """Returns the folder of TFDS files inside a prepared folder; raises FileNotFoundError."""
     found = sorted(Path(folder).glob("tfds/*/*/dataset_info.json"))
@@ -122,9 +144,10 @@ def _check_place(folder: Path, name: str, source: Source) -> None:
             raise ValueError(f"{folder} lies within the source {path}: choose another root")
 
 
-def _source_id(source: Source, seed: int) -> str:
+def _source_id(source: Source, seed: int, transform_id: str) -> str:
     """Identifies a source by its files' names, sizes and times, wherever it lies."""
-    return hashlib.sha256(json.dumps([FORMAT, seed, describe(source)]).encode()).hexdigest()
+    facts = [FORMAT, seed, transform_id, describe(source)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _reuse(folder: Path, source_id: str, progress: Progress) -> dict[str, Any] | None:
@@ -146,7 +169,7 @@ def _reuse(folder: Path, source_id: str, progress: Progress) -> dict[str, Any] |
         progress(f"{folder} is not complete: building it again")
         return None
     if info["source_id"] != source_id:
-        progress(f"{folder} was made from another source or seed: building it again")
+        progress(f"{folder} was made from another source or settings: building it again")
         return None
     progress(f"{folder} is ready: {info['kept']:,} images, fingerprint {info['fingerprint'][:16]}")
     return info
@@ -182,7 +205,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _build_records(
-    source: Source, partial: Path, progress: Progress
+    source: Source, partial: Path, progress: Progress, transform: Transform | None
 ) -> tuple[int, list[tuple[str, str]]]:
     """Writes the TFDS files; returns how many files were met, and (path, reason) of the skipped."""
     skipped: list[tuple[str, str]] = []
@@ -192,7 +215,13 @@ def _build_records(
         skipped.append((path, reason))
         count()
 
-    builder = Builder(data_dir=partial / "tfds", source=source, on_skip=on_skip, on_keep=count)
+    builder = Builder(
+        data_dir=partial / "tfds",
+        source=source,
+        on_skip=on_skip,
+        on_keep=count,
+        transform=transform,
+    )
     config = tfds.download.DownloadConfig(compute_stats=tfds.download.ComputeStatsMode.SKIP)
     tfds.disable_progress_bar()
     try:
@@ -252,7 +281,13 @@ def _is_misnamed(path: str) -> bool:
 
 
 def _write_tables(
-    partial: Path, skipped: list[tuple[str, str]], *, found: int, seed: int, source_id: str
+    partial: Path,
+    skipped: list[tuple[str, str]],
+    *,
+    found: int,
+    seed: int,
+    source_id: str,
+    transform_id: str,
 ) -> dict[str, Any]:
     """Writes labels.csv, splits, skipped.csv and prepare.json; returns what the last holds."""
     labels = _labels_of_records(partial)
@@ -272,8 +307,9 @@ def _write_tables(
     write_splits(
         partial / "splits" / "default.csv", labels["file"], labels["pixel_hash"], splits.tolist()
     )
-    info = _account(labels, splits.tolist(), skipped)
-    info |= {"seed": seed, "source_id": source_id, "versions": _versions()}
+    info = _account(labels, splits.tolist(), skipped, transform_id)
+    info |= {"seed": seed, "transform_id": transform_id}
+    info |= {"source_id": source_id, "versions": _versions()}
     info["bytes"] = _sizes(partial)
     (partial / "prepare.json").write_text(json.dumps(info, indent=2) + "\n")
     return info
@@ -291,7 +327,9 @@ def _labels_of_records(partial: Path) -> dict[str, list]:
     return labels
 
 
-def _account(labels: dict[str, list], splits: list[str], skipped: list[tuple[str, str]]) -> dict:
+def _account(
+    labels: dict[str, list], splits: list[str], skipped: list[tuple[str, str]], transform_id: str
+) -> dict:
     """Counts what was found: kept, skipped by reason, duplicates, splits, age classes."""
     hashes, ages = labels["pixel_hash"], labels["age"]
     groups = defaultdict(list)
@@ -311,7 +349,7 @@ def _account(labels: dict[str, list], splits: list[str], skipped: list[tuple[str
         "straddling_groups": straddling_groups(hashes, splits),
         "splits": {split: sizes[split] for split in ("train", "validation", "test")},
         "classes": {c: sum(low <= age <= high for age in ages) for c, low, high in _CLASSES},
-        "fingerprint": fingerprint(hashes, splits),
+        "fingerprint": fingerprint(hashes, splits, transform_id=transform_id),
     }
 
 

@@ -52,9 +52,14 @@ def _group_order(key: str, ages: list[int], seed: int) -> tuple[int, str]:
     return int(age), hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
 
 
-def fingerprint(hashes: Iterable[str], splits: Iterable[str]) -> str:
-    """Returns the SHA-256 over the sorted `hash split` lines: equal for equal splits of a set."""
+def fingerprint(hashes: Iterable[str], splits: Iterable[str], *, transform_id: str = "") -> str:
+    """Returns the SHA-256 over the sorted `hash split` lines: equal for equal splits of a set.
+
+    `transform_id` names what was done to the pictures when they were prepared; '' is nothing.
+    """
     lines = sorted(f"{key} {split}\n" for key, split in zip(hashes, splits, strict=True))
+    if transform_id:
+        lines.append(f"transform {transform_id}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

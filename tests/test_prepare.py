@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from input_pipeline.images import MAX_PIXELS, decode_checked, decode_image, pixel_hash
+from input_pipeline.pipeline import open_split
 from input_pipeline.prepare import prepare, read_labels, records_folder, summary
 from input_pipeline.splits import read_splits
 from input_pipeline.utkface.utkface_dataset_builder import Builder
@@ -219,6 +220,38 @@ def test_half_built_folder_is_built_again(tmp_path, damage):
     assert quiet(source, tmp_path) == first
     assert quiet(source, tmp_path) == first
     assert sorted(os.listdir(tmp_path)) == ["faces.zip", "utkface"]
+
+
+def upside_down(data):
+    """A transform as pre-processing gives it: new bytes, or a reason to leave the picture out."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if image.shape[0] != 48:
+        raise ValueError("no face found")
+    return cv2.imencode(".png", image[::-1])[1].tobytes()
+
+
+def test_transform_makes_the_kept_bytes_or_says_why_not(tmp_path):
+    files = faces(10) | {f"UTKFace/{name(30, 0, 0, 900)}": jpeg(900, size=40)}
+    source = write_zip(tmp_path / "faces.zip", files)
+    plain = quiet(source, tmp_path / "plain")
+    turned = {"transform": upside_down, "transform_id": "upside_down 1"}
+    info = quiet(source, tmp_path / "turned", **turned)
+    assert info["kept"] == 10 and info["skipped"] == {"no face found": 1}
+    assert info["transform_id"] == "upside_down 1" and plain["transform_id"] == ""
+    faces_ = open_split(tmp_path / "turned" / "utkface", "train+validation+test")
+    assert faces_.fingerprint == info["fingerprint"] != plain["fingerprint"]
+    for i in range(len(faces_)):
+        row = faces_[i]
+        expected = decode_checked(files[f"UTKFace/{row['file']}"])[::-1]
+        np.testing.assert_array_equal(decode_checked(row["image"]), expected)
+    lines = []
+    prepare(source, tmp_path / "turned", name="utkface", progress=lines.append, **turned)
+    assert "is ready" in lines[0]
+    turned["transform_id"] = "upside_down 2"
+    prepare(source, tmp_path / "turned", name="utkface", progress=lines.append, **turned)
+    assert "another source or settings" in lines[1]
+    with pytest.raises(ValueError, match="go together"):
+        quiet(source, tmp_path, transform=upside_down)
 
 
 def test_failure_leaves_nothing_behind(tmp_path):

@@ -13,7 +13,7 @@ from tensorflow_datasets.core import shuffle as tfds_shuffle
 
 from input_pipeline.archive import OnSkip, Source
 from input_pipeline.names import parse_utkface_name
-from input_pipeline.scan import iter_faces
+from input_pipeline.scan import Transform, iter_faces
 
 # Above this size TFDS would shuffle through files that it opens with TensorFlow.
 tfds_shuffle.MAX_MEM_BUFFER_SIZE = 1 << 40
@@ -44,13 +44,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         source: Source | None = None,
         on_skip: OnSkip | None = None,
         on_keep: Callable[[], None] | None = None,
+        transform: Transform | None = None,
         **kwargs,
     ):
         """`source` as in `archive.iter_images`; every file met calls `on_skip(path, reason)` when
-        it is left out, or else `on_keep()`."""
+        it is left out, or else `on_keep()`. `transform` as in `scan.iter_faces`."""
         self._source = source
         self._on_skip = on_skip or (lambda path, reason: None)
         self._on_keep = on_keep or (lambda: None)
+        self._transform = transform
         super().__init__(file_format=tfds.core.FileFormat.ARRAY_RECORD, **kwargs)
 
     def _log_download_bytes(self) -> None:
@@ -84,6 +86,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, source: Source) -> Iterator[tuple[str, dict]]:
         # TFDS orders the records by the hash of the key, so their order is not the source's.
-        for example in iter_faces(source, parse_name=parse_utkface_name, on_skip=self._on_skip):
+        faces = iter_faces(
+            source,
+            parse_name=parse_utkface_name,
+            on_skip=self._on_skip,
+            transform=self._transform,
+        )
+        for example in faces:
             self._on_keep()
             yield example["file"], example
