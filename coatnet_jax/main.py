@@ -1,4 +1,4 @@
-"""The command line: demo, prepare, pretrain, embed, finetune, evaluate, predict."""
+"""The command line: demo, prepare, explore, pretrain, embed, finetune, evaluate, predict."""
 
 import argparse
 import os
@@ -104,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         "--root", default="", help="folder for built data (default: the user's cache)"
     )
 
+    explore = add("explore", _explore, "what is in a prepared set: one page with pictures, a CSV")
+    explore.add_argument("--name", default="utkface", help="name of the set (default: utkface)")
+    explore.add_argument(
+        "--root", default="", help="folder for built data (default: the user's cache)"
+    )
+    explore.add_argument("--out", help="folder for the page (default: explore/NAME)")
+
     for name, text in (
         ("pretrain", "SimCLR pre-training: --config=pretrain:micro --workdir=FOLDER"),
         (
@@ -149,6 +156,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
     folder = data_folder(arguments.name, arguments.root)
     prepare(arguments.source, folder.parent, name=arguments.name)
+
+
+def _explore(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.explore import run
+    from coatnet_jax.paths import data_folder
+
+    run(data_folder(arguments.name, arguments.root), out=arguments.out)
 
 
 def _run_data(arguments: argparse.Namespace) -> Path:

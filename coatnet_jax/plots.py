@@ -60,7 +60,7 @@ STYLE = {
 BLUES = LinearSegmentedColormap.from_list("blues", ["#E6F0F8", "#7DB4DA", BLUE, "#043D66"])
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
@@ -147,7 +147,7 @@ def tsne_grid(
             _group_legend(ax, values, names, colours)
         if title:
             figure.suptitle(title, x=0.125, y=0.965, ha="left", fontsize=14, fontweight="bold")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _bare(ax) -> None:
@@ -254,7 +254,7 @@ def confusion(
         ax.spines[:].set_visible(False)
         ax.set(xlabel="predicted class", ylabel="true class")
         ax.set_title(title, pad=10)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def predicted_against_true(
@@ -308,7 +308,7 @@ def predicted_against_true(
         ax.grid(True, linewidth=0.7)
         ax.legend(loc="upper left", fontsize=10)
         ax.set_title(title, pad=10)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _running_quantiles(age, predicted, window):
@@ -385,7 +385,7 @@ def error_by_band(
         )
         ax.grid(axis="y", linewidth=0.7)
         ax.set_title(title, pad=10)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ def training_curves(
             ax.legend(fontsize=9.5)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _curves(rows) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -532,14 +532,14 @@ def annotated(
     draw.text(
         (left, y + 20 * unit),
         f"{math.floor(age + 0.5)} years",
-        font=_font(20 * unit, True),
+        font=label_font(20 * unit, True),
         fill=INK,
         anchor="lm",
     )
     draw.text(
         (side - left, y + 21 * unit),
         f"90 %: {low:.0f}–{high:.0f}",
-        font=_font(13 * unit),
+        font=label_font(13 * unit),
         fill=MUTED,
         anchor="rm",
     )
@@ -557,10 +557,10 @@ def annotated(
             bold=row == chosen,
         )
     if caption:
-        font = _font(11 * unit)
+        font = label_font(11 * unit)
         draw.text(
             (left, y + band - 13 * unit),
-            _shortened(caption, font, side - 2 * left),
+            shortened(caption, font, side - 2 * left),
             font=font,
             fill=MUTED,
             anchor="lm",
@@ -571,7 +571,7 @@ def annotated(
 def _bar(draw, left, right, middle, unit, *, name, p, colour, bold) -> None:
     start, end = left + 52 * unit, right - 46 * unit
     half = 5 * unit
-    font = _font(12 * unit, bold)
+    font = label_font(12 * unit, bold)
     draw.text((left, middle), name, font=font, fill=INK if bold else MUTED, anchor="lm")
     draw.rectangle((start, middle - half, end, middle + half), fill="#EDEFF2")
     draw.rectangle(
@@ -582,7 +582,7 @@ def _bar(draw, left, right, middle, unit, *, name, p, colour, bold) -> None:
     )
 
 
-def _shortened(text: str, font, width: float) -> str:
+def shortened(text: str, font, width: float) -> str:
     """The text, its middle replaced by '…' where it is wider than `width` pixels."""
     keep = len(text)
     short = text
@@ -593,7 +593,7 @@ def _shortened(text: str, font, width: float) -> str:
 
 
 @cache
-def _font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
+def label_font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
     # DejaVu comes with matplotlib, so the same letters are found on every machine.
     family = matplotlib.font_manager.FontProperties(
         family="DejaVu Sans", weight="bold" if bold else "normal"
