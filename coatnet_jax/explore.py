@@ -62,7 +62,7 @@ def run(folder: str | Path, *, out: str | Path | None = None) -> Path:
         {"title": "Splits", "blocks": split_blocks(table, splits, figures)},
         {"title": "Size", "blocks": size_blocks(faces, figures)},
         {"title": "Sharpness", "blocks": sharpness_blocks(faces, figures)},
-        {"title": "Copies that disagree", "blocks": copy_blocks(faces, copies, figures)},
+        {"title": "Copies", "blocks": copy_blocks(faces, copies, splits, figures)},
         {"title": "Left out", "blocks": skipped_blocks(account)},
     ]
     page, _ = write_report(out, title=f"Data set {folder.name}", sections=sections, name="explore")
@@ -172,11 +172,11 @@ def balanced_weights(age: np.ndarray) -> list[float | None]:
 def short_blocks(name: str, table: Table) -> list[dict[str, Any]]:
     """What the set is in two sentences, whose faces they are, and that the page stays here."""
     age, n = table["age"], len(table["age"])
-    known = [f"{int(np.sum(table[key] >= 0)):,} a {key}" for key in ("gender", "race")]
+    gender, race = (int(np.sum(table[key] >= 0)) for key in ("gender", "race"))
     text = (
-        f"**{n:,} pictures** of ages {age.min()}–{age.max()} (median {np.median(age):.0f}); "
-        f"{known[0]} and {known[1]} is known of. Every number of a picture on this page is its "
-        "`index` in `labels.csv`."
+        f"**{n:,} pictures**, ages {age.min()}–{age.max()}, median {np.median(age):.0f}. The "
+        f"gender is known of {gender:,}, the race of {race:,}. `labels.csv` beside this page has "
+        "a row for each picture; #12 stands for the one of index 12."
     )
     blocks = [{"text": text}, {"text": data_terms(name)}]
     return blocks if name.startswith("drawn") else [*blocks, {"text": f"**{LOCAL}**"}]
@@ -248,7 +248,7 @@ def split_blocks(
                     "split file": name,
                     "split": split,
                     "pictures": len(age),
-                    "median age": float(np.median(age)),
+                    "median age": f"{np.median(age):g}",
                     **{c: percent(v) for c, v in zip(CLASS_NAMES, shares.tolist(), strict=True)},
                 }
             )
@@ -296,8 +296,9 @@ def sharpness_blocks(faces: Faces, figures: Path) -> list[dict[str, Any]]:
     lost = f" {np.sum(~readable):,} pictures cannot be decoded." if not readable.all() else ""
     text = (
         "Sharpness is the variance of the Laplacian of the grey picture (shrunk to "
-        f"{SHARPNESS_SIDE} px where it is larger). It is low for blurred pictures and for small "
-        f"ones that were enlarged, and high for noise; plain skin lowers it, too.{lost}"
+        f"{SHARPNESS_SIDE} px where it is larger). It is low for blurred pictures, for small ones "
+        "that were enlarged and for dark or pale ones of little contrast, and high for noise."
+        f"{lost}"
     )
     return [
         {"text": text},
@@ -307,30 +308,46 @@ def sharpness_blocks(faces: Faces, figures: Path) -> list[dict[str, Any]]:
 
 
 def copy_blocks(
-    faces: Faces, copies: Sequence[Sequence[int]], figures: Path
+    faces: Faces,
+    copies: Sequence[Sequence[int]],
+    splits: Mapping[str, Sequence[str]],
+    figures: Path,
 ) -> list[dict[str, Any]]:
-    """Groups of identical pictures that disagree on a label, widest in age first."""
-    labels = faces.labels
-    keys = ("age", "gender", "race")
-    differ = {key: sum(len(set(labels[key][g].tolist())) > 1 for g in copies) for key in keys}
-    groups = [g for g in copies if any(len(set(labels[key][g].tolist())) > 1 for key in keys)]
+    """How many pictures are identical, and the groups that disagree, widest in age first."""
+    labels, keys = faces.labels, ("age", "gender", "race")
+    if not copies:
+        return [{"text": "No two pictures are pixel-identical."}]
+    differ = {key: [g for g in copies if np.ptp(labels[key][g])] for key in keys}
+    text = (
+        f"{sum(map(len, copies)):,} pictures are pixel-identical to another one, in "
+        f"{len(copies):,} groups. The age differs in {len(differ['age']):,} groups, the gender in "
+        f"{len(differ['gender']):,}, the race in {len(differ['race']):,}. {_parted(copies, splits)}"
+    )
+    groups = [g for g in copies if any(g in found for found in differ.values())]
     if not groups:
-        return [{"text": f"{len(copies):,} groups of identical pictures; none disagrees."}]
+        return [{"text": text}]
     groups.sort(key=lambda g: -int(np.ptp(labels["age"][g])))
     shown = groups[:ON_SHEET]
     tiles = [
         (picture, _copy_texts(labels, group))
         for group, picture in zip(shown, _pictures(faces, [g[0] for g in shown]), strict=True)
     ]
-    text = (
-        f"{len(copies):,} groups of pixel-identical pictures hold {sum(map(len, copies)):,} files; "
-        f"{len(groups):,} groups disagree: {differ['age']:,} on the age, {differ['gender']:,} on "
-        f"the gender, {differ['race']:,} on the race. All copies lie in the same split of "
-        "`default`."
-    )
     sheet = draw.captioned_sheet(figures / "copies.png", tiles)
-    caption = f"The {len(shown)} groups whose ages differ most; a line for each copy's labels"
+    most = "all" if len(shown) == len(groups) else "those whose ages differ most"
+    caption = (
+        f"Identical pictures with different labels, a line for each copy: {len(shown)} of "
+        f"{len(groups)} groups, {most}"
+    )
     return [{"text": text}, _figure(sheet, caption)]
+
+
+def _parted(copies: Sequence[Sequence[int]], splits: Mapping[str, Sequence[str]]) -> str:
+    """How many groups of copies lie in more than one split of each split file."""
+    parted = {
+        name: sum(len({column[row] for row in group} - {""}) > 1 for group in copies)
+        for name, column in splits.items()
+    }
+    return " ".join(f"{n:,} groups lie in two splits of `{name}`." for name, n in parted.items())
 
 
 def _copy_texts(labels: Table, group: Sequence[int]) -> list[str]:
@@ -375,7 +392,7 @@ def _name(names: Sequence[str], label: int, unknown: str) -> str:
 
 
 def _figure(path: Path, caption: str) -> dict[str, Any]:
-    return {"figure": path, "caption": caption}
+    return {"figure": path, "caption": caption, "wide": True}
 
 
 def _table(rows: Sequence[Mapping[str, Any]], note: str = "") -> dict[str, Any]:

@@ -64,8 +64,7 @@ def ages(path: str | Path, age: Int[np.ndarray, " n"]) -> Path:
         legend.get_title().set_fontsize(10)
         ax.set(xlabel="age in years", ylabel="pictures", xlim=(-1, years[-1] + 1))
         ax.set_title(f"Age in whole years; the median, {median:.0f}, is dashed")
-        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.grid(axis="y", linewidth=0.7)
+        _count_axis(ax)
         return save_figure(figure, path)
 
 
@@ -82,7 +81,7 @@ def groups(path: str | Path, gender: Int[np.ndarray, " n"], race: Int[np.ndarray
             ax.bar(range(len(shown)), counts, width=0.66, color=[colour for *_, colour in shown])
             for x, n in enumerate(counts):
                 ax.annotate(
-                    f"{n:,}\n{n / len(values):.1%}",
+                    f"{n:,}\n{100 * n / len(values):.1f} %",
                     (x, n),
                     (0, 3),
                     textcoords="offset points",
@@ -92,8 +91,7 @@ def groups(path: str | Path, gender: Int[np.ndarray, " n"], race: Int[np.ndarray
             ax.set_xticks(range(len(shown)), [name for _, name, _ in shown], color=INK)
             ax.set(ylim=(0, 1.28 * max(*counts, 1)), title=title)
             ax.tick_params(length=0)
-            ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-            ax.grid(axis="y", linewidth=0.7)
+            _count_axis(ax)
         axes[0].set_ylabel("pictures")
         return save_figure(figure, path)
 
@@ -125,7 +123,7 @@ def cross_table(
         colours[counts == 0] = matplotlib.colors.to_rgba("#F4F5F7")
         ax.imshow(colours, aspect="auto")
         for i, j in np.ndindex(*counts.shape):
-            colour = "white" if depth[i, j] > 0.6 else INK
+            colour = "white" if depth[i, j] > 0.5 else INK
             ax.text(
                 j, i, f"{counts[i, j]:,}", ha="center", va="center", color=colour, fontsize=11
             )
@@ -205,8 +203,12 @@ def split_ages(path: str | Path, tables: Mapping[str, Mapping[str, np.ndarray]])
             for split, values in table.items():
                 share = np.histogram(values, edges)[0] / len(values)
                 colour = SPLIT_COLOURS.get(split) or next(spare)
-                label = f"{split}: {len(values):,}"
-                ax.stairs(100 * share, edges, color=colour, linewidth=1.8, label=label)
+                style = {"label": f"{split}: {len(values):,}", "color": colour}
+                if split == "train":  # equal splits hide one another as lines
+                    ax.stairs(100 * share, edges, fill=True, alpha=0.25, linewidth=0, **style)
+                else:
+                    dash = "-" if split == "validation" else (0, (3, 2))
+                    ax.stairs(100 * share, edges, linewidth=1.8, linestyle=dash, **style)
             ax.set(title=name, xlabel="age in years", ylabel="% of the split")
             ax.set_xlim(0, 5 * (last // 5 + 1))
             ax.legend(fontsize=10)
@@ -226,8 +228,7 @@ def sizes(path: str | Path, width: Int[np.ndarray, " n"], height: Int[np.ndarray
         ax = figure.add_subplot()
         ax.hist(side, edges, color=BLUE)
         ax.set(xlabel="shorter side in pixels", ylabel="pictures", title="Size of the pictures")
-        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        ax.grid(axis="y", linewidth=0.7)
+        _count_axis(ax)
         return save_figure(figure, path)
 
 
@@ -246,9 +247,14 @@ def sharpness(path: str | Path, values: Float[np.ndarray, " n"], limit: float) -
         ax.xaxis.set_minor_formatter("")
         ax.set(xlabel="variance of the Laplacian, logarithmic: sharp pictures to the right")
         ax.set(ylabel="pictures", title="Sharpness; a hundredth lies left of the dashed line")
-        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        ax.grid(axis="y", linewidth=0.7)
+        _count_axis(ax)
         return save_figure(figure, path)
+
+
+def _count_axis(ax) -> None:
+    ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    ax.grid(axis="y", linewidth=0.7)
 
 
 def _with_unknown(values, names, colours) -> list[tuple[int, str, str]]:
@@ -256,7 +262,7 @@ def _with_unknown(values, names, colours) -> list[tuple[int, str, str]]:
 
     Where no label is known there is only the last one.
     """
-    known = [(key, name, colour) for key, (name, colour) in enumerate(zip(names, colours))]  # noqa: B905
+    known = list(zip(range(len(names)), names, colours, strict=True))
     if np.all(values < 0):
         known = []
     return known + [(-1, "unknown", GREY)] * bool(np.any(values < 0))
