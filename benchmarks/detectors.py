@@ -66,15 +66,18 @@ def centerface() -> Count:
     net = cv2.dnn.readNetFromONNX(str(path.locate()))
 
     def count(image):
-        h, w = (32 * -(-side // 32) for side in image.shape[:2])
-        net.setInput(cv2.dnn.blobFromImage(image, 1.0, (w, h), swapRB=False))
-        outputs = dict(zip(names := net.getUnconnectedOutLayersNames(), net.forward(names)))
+        canvas = np.zeros((448, 448, 3), np.uint8)  # OpenCV runs this network at one size only
+        scale = min(1, 448 / max(image.shape[:2]))
+        small = cv2.resize(image, None, fx=scale, fy=scale) if scale < 1 else image
+        canvas[: small.shape[0], : small.shape[1]] = small
+        net.setInput(cv2.dnn.blobFromImage(canvas))
+        names = net.getUnconnectedOutLayersNames()
+        outputs = dict(zip(names, net.forward(names), strict=True))
         heat = next(out for out in outputs.values() if out.shape[1] == 1)[0, 0]
-        scale = next(out for name, out in outputs.items() if name == "538")[0]
         rows, columns = np.nonzero(heat > 0.5)
-        size = 4 * np.exp(scale[:, rows, columns])
-        corner = 4 * np.stack([columns, rows]) + 2 - size[::-1] / 2
-        boxes = np.concatenate([corner, size[::-1]]).T
+        size = 4 * np.exp(outputs["538"][0][:, rows, columns])[::-1]
+        corner = 4 * np.stack([columns, rows]) + 2 - size / 2
+        boxes = np.concatenate([corner, size]).T
         return len(cv2.dnn.NMSBoxes(boxes.tolist(), heat[rows, columns].tolist(), 0.5, 0.3))
 
     return count

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
-from coatnet_jax.ages import CLASS_NAMES, CLASS_STARTS, age_class
+from coatnet_jax.ages import CLASS_NAMES, age_class
 from coatnet_jax.plots import (
     BLUE,
     BLUES,
@@ -108,10 +108,7 @@ def cross_table(
     classes = age_class(age)
     rows = [(c, key) for c in range(len(CLASS_NAMES)) for key, *_ in genders]
     counts = np.array(
-        [
-            [np.sum((classes == c) & (gender == g) & (race == r)) for r, *_ in races]
-            for c, g in rows
-        ]
+        [[np.sum((classes == c) & (gender == g) & (race == r)) for r, *_ in races] for c, g in rows]
     )
     # Groups differ by a factor of hundreds: the root keeps the small ones apart.
     depth = np.sqrt(counts / max(counts.max(), 1))
@@ -124,9 +121,7 @@ def cross_table(
         ax.imshow(colours, aspect="auto")
         for i, j in np.ndindex(*counts.shape):
             colour = "white" if depth[i, j] > 0.5 else INK
-            ax.text(
-                j, i, f"{counts[i, j]:,}", ha="center", va="center", color=colour, fontsize=11
-            )
+            ax.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", color=colour, fontsize=11)
         ax.xaxis.tick_top()
         ax.set_xticks(range(len(races)), [name for _, name, _ in races], color=INK, fontsize=11)
         labels = [f"{CLASS_NAMES[c]}, {names[g]}" for c, g in rows]
@@ -276,7 +271,7 @@ def sample_sheet(
 ) -> Path:
     """Rows of pictures, each row with its name at the left."""
     margin, side = 118, 92
-    most = max(len(tiles) for _, tiles in rows)
+    most = max(8, *(len(tiles) for _, tiles in rows))
     width = margin + most * (side + GAP)
     sheet = Image.new("RGB", (width, GAP + len(rows) * (side + GAP)), "white")
     draw = ImageDraw.Draw(sheet)

