@@ -162,7 +162,8 @@ def looks_at(
 ) -> tuple[list[Look], list[str]]:
     """(what to show to the model of a photo's faces, why the photo or a face is left out).
 
-    A picture that is a crop in the model's geometry already is taken whole.
+    A picture whose landmarks stand as near to the model's geometry as those of 99 of 100 training
+    crops is a crop already, and is taken whole.
     """
     geometry = model.geometry
     if not faces:
@@ -172,17 +173,12 @@ def looks_at(
         if reason := too_small(face):
             reasons.append(f"face {number} of {len(faces)}: {reason}")
             continue
-        whole = len(faces) == 1 and is_crop(image, face, geometry)
+        whole = (
+            len(faces) == 1 and displacement(face, image, geometry) <= geometry.usual_displacement
+        )
         note = unlike_training(face, geometry, model.source_size)
         looks.append(Look(path, face, None if whole else geometry, number, len(faces), note))
     return looks, reasons
-
-
-def is_crop(image: UInt8[np.ndarray, "h w 3"], face: Face, geometry: Geometry) -> bool:
-    """Whether a picture is square and its face stands where the geometry has it."""
-    h, w, _ = image.shape
-    square = max(h, w) <= 1.1 * min(h, w)
-    return square and displacement(face, image, geometry) <= geometry.usual_displacement
 
 
 def unlike_training(face: Face, geometry: Geometry, size: int) -> str:
