@@ -17,19 +17,20 @@ DRAWN, TINY_DRAWN = 3000, 400  # faces
 def run(data: list[str] | None, workdir: Path, *, root: str = "", tiny: bool = False) -> Path:
     """Path of the HTML report, after running every stage into `workdir` (finished ones are kept).
 
-    `data` is a UTKFace archive or folder; None draws faces. Raises as the stages do.
+    `data` is an archive or folder of faces (UTKFace, or another layout that is recognised); None
+    draws faces. Raises as the stages do.
     """
     started = time.monotonic()
-    name = "utkface" if data else "drawn-tiny" if tiny else "drawn"
+    name = "" if data else "drawn-tiny" if tiny else "drawn"  # '': that of the layout
     words = ("micro,cpu" if data else "atto,drawn") + (",tiny" if tiny else "")
-    folder = data_folder(name, root)
     if data is None:
         count = TINY_DRAWN if tiny else DRAWN
         _say(f"1/7 drawing {count} faces (drawn faces are for trying the software)")
         source = (Path(root) if root else home()) / "drawn-pictures" / str(count)
         data = [str(write_drawn_faces(source, count=count, progress=print))]
     _say("2/7 preparing the data")
-    prepare(data, folder.parent, name=name)
+    name = prepare(data, data_folder("", root), name=name)["name"]
+    folder = data_folder(name, root)
 
     _say("3/7 pre-training (SimCLR)")
     config = _config(f"pretrain:{words}", name, root)

@@ -240,7 +240,9 @@ def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
         f"head is trained. Run `{result['run']}` at step {result['step']:,}."
     )
     note = "spread: 1 where the features fill the sphere, 0 where they collapsed to one point"
-    caption = "t-SNE of the same faces, coloured four ways; below, an untrained backbone"
+    caption = (
+        "t-SNE of the same faces, coloured by what is known of them; below, an untrained backbone"
+    )
     return [
         {
             "title": "Features",

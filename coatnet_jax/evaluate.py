@@ -67,10 +67,11 @@ def run(
         "environment": environment(),
         **score(p, age, train_age=train.labels["age"]),
     }
-    if model.has_attributes:
+    if model.has_attributes and _any_known(faces.labels):
         q, _ = predict_split(model, faces, model.attributes, batch_size)
         attributes = {"gender": q[:, :2], "race": q[:, 2:]}
-        result["attributes"] = attribute_table(attributes, labels, train.labels)
+        if table := attribute_table(attributes, labels, train.labels):
+            result["attributes"] = table
     out = Path(out) if out else Path(run_dir) / "evaluate" / split
     write_results(out, result, p, age, np.asarray(faces.labels["file"])[labels["index"]])
     print(summary(result))
@@ -190,22 +191,29 @@ def attribute_table(
 ) -> list[dict[str, Any]]:
     """Accuracy of gender and race over the faces whose label is known, beside the commonest one.
 
-    `p` holds class probabilities for 'gender' and 'race'; labels below zero are unknown.
+    `p` holds class probabilities for 'gender' and 'race'; labels below zero are unknown. An
+    attribute that is known of no face here, or was of none in training, has no row.
     """
     rows = []
     for name in ("gender", "race"):
         true, train = np.asarray(labels[name]), np.asarray(train_labels[name])
         known = int((true >= 0).sum())
+        if not known or not (train >= 0).any():
+            continue
         commonest = int(np.bincount(train[train >= 0], minlength=1).argmax())
         rows.append(
             {
                 "attribute": name,
                 "support": known,
-                "accuracy": accuracy(true, p[name].argmax(-1)) if known else None,
-                "constant": accuracy(true, np.full(len(true), commonest)) if known else None,
+                "accuracy": accuracy(true, p[name].argmax(-1)),
+                "constant": accuracy(true, np.full(len(true), commonest)),
             }
         )
     return rows
+
+
+def _any_known(labels: Mapping[str, np.ndarray]) -> bool:
+    return any((np.asarray(labels[name]) >= 0).any() for name in ("gender", "race"))
 
 
 def bootstrap_interval(

@@ -98,19 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--tiny", action="store_true", help="a few steps only, to see that it runs")
 
     prepare = add("prepare", _prepare, "build a data set from a downloaded archive or folder")
-    prepare.add_argument("source", nargs="+", help="UTKFace zip, tar(s) or folder")
-    prepare.add_argument("--name", default="utkface", help="name of the set (default: utkface)")
-    prepare.add_argument(
-        "--root", default="", help="folder for built data (default: the user's cache)"
-    )
-    prepare.add_argument(
-        "--crop-faces",
-        action="store_true",
-        help="the pictures are photos: cut out the face, leave out those without exactly one",
-    )
-    prepare.add_argument(
-        "--preprocess", default="", metavar="STEPS", help="done once: unsharp, denoise, or both"
-    )
+    _add_prepare_arguments(prepare)
 
     explore = add("explore", _explore, "what is in a prepared set: one page with pictures, a CSV")
     explore.add_argument("--name", default="utkface", help="name of the set (default: utkface)")
@@ -157,6 +145,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_prepare_arguments(prepare: argparse.ArgumentParser) -> None:
+    from input_pipeline.layouts import CHOICES
+
+    add = prepare.add_argument
+    add("source", nargs="+", help="zip, tar(s) or folder with the pictures")
+    add("--name", default="", help="name of the set (default: that of its layout)")
+    add("--root", default="", help="folder for built data (default: the user's cache)")
+    add("--layout", default="auto", choices=CHOICES, help="how ages are given (default: auto)")
+    add("--labels", action="append", default=[], metavar="CSV", help="table of path, age, …")
+    add("--age-column", default="", metavar="NAME", help="column of the table with the age")
+    add(
+        "--splits",
+        action="append",
+        default=[],
+        metavar="NAME=CSV",
+        help="add a published split: a CSV of file and split (may be repeated)",
+    )
+    add(
+        "--drop-conflicts",
+        type=int,
+        metavar="YEARS",
+        help="leave out copies of one picture whose ages lie further apart",
+    )
+    add(
+        "--crop-faces",
+        action="store_true",
+        help="the pictures are photos: cut out the face, leave out those without exactly one",
+    )
+    add("--preprocess", default="", metavar="STEPS", help="done once: unsharp, denoise, or both")
+    add("--beam", default="", metavar="RUNNER", help="build with Apache Beam: DirectRunner, …")
+    add("--beam-option", action="append", default=[], metavar="--KEY=VALUE", help="for the runner")
+
+
+def _named_paths(pairs: list[str]) -> dict[str, str]:
+    """{name: path} of `NAME=PATH` arguments."""
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise ValueError(f"--splits={pair}: give a name and a file, as in mine=split.csv")
+    return {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from coatnet_jax.demo import run
 
@@ -167,15 +196,23 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from coatnet_jax.paths import data_folder
     from input_pipeline.prepare import prepare
 
-    folder = data_folder(arguments.name, arguments.root)
     transform = _preprocess(arguments)
-    prepare(
+    info = prepare(
         arguments.source,
-        folder.parent,
+        data_folder("", arguments.root),
         name=arguments.name,
+        layout=arguments.layout,
+        labels=arguments.labels,
+        age_column=arguments.age_column,
+        splits=_named_paths(arguments.splits),
+        drop_conflicts=arguments.drop_conflicts,
+        beam_runner=arguments.beam,
+        beam_options=arguments.beam_option,
         transform=transform,
         transform_id=transform.id if transform else "",
     )
+    if info["name"] != "utkface":
+        print(f"train on it with --config.data.name={info['name']}")
 
 
 def _preprocess(arguments: argparse.Namespace):

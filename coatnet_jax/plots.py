@@ -82,7 +82,8 @@ def tsne_grid(
 ) -> Path:
     """Point clouds: a row for each `(name, note, xy)`, columns for age, class, gender and race.
 
-    Labels below zero are unknown and drawn in grey below the others. The order of drawing is
+    Labels below zero are unknown and drawn in grey below the others; gender or race has no column
+    where it is unknown of every face. The order of drawing is
     shuffled with a fixed seed, so that no group hides another by its number.
     """
     groups = (
@@ -90,17 +91,19 @@ def tsne_grid(
         ("gender", gender, GENDER_NAMES, GENDER_COLOURS),
         ("race", race, RACE_NAMES, RACE_COLOURS),
     )
+    groups = [group for group in groups if group[0] == "age class" or np.any(group[1] >= 0)]
+    columns = len(groups) + 1
     n = len(age)
     order = np.random.default_rng(0).permutation(n)
     size = float(np.clip(9000 / max(n, 1), 5, 40))
     scale = ScalarMappable(Normalize(0, max(80, int(np.max(age, initial=0)))), "viridis")
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(15.5, 3.7 * len(rows) + 1.1))
+        figure = Figure(figsize=(3.875 * columns, 3.7 * len(rows) + 1.1))
         grid = figure.add_gridspec(
-            len(rows) + 1, 4, height_ratios=[1] * len(rows) + [0.17], wspace=0.06, hspace=0.06
+            len(rows) + 1, columns, height_ratios=[1] * len(rows) + [0.17], wspace=0.06, hspace=0.06
         )
         for r, (name, note, xy) in enumerate(rows):
-            for c in range(4):
+            for c in range(columns):
                 ax = figure.add_subplot(grid[r, c])
                 _bare(ax)
                 if r == 0:

@@ -108,9 +108,11 @@ def data_blocks(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     counts = []
     for key, value in data.items():
         name = key.replace("_", " ")
-        if key in ("format", "source_id", "bytes"):
+        if key in ("format", "source_id", "bytes") or value in ("", None, {}):
             continue
-        if key in ("splits", "classes") and value:
+        if key == "protocols":
+            counts.append({"table": [_protocol_row(*item) for item in value.items()]})
+        elif key in ("splits", "classes"):
             counts.append({"table": [{name: "faces", **value}]})
         elif isinstance(value, Mapping):
             plain[name] = _listed(value, " " if key == "versions" else ": ")
@@ -120,6 +122,15 @@ def data_blocks(data: Mapping[str, Any]) -> list[dict[str, Any]]:
             plain[name] = value
     table = [{"data": name, "value": value} for name, value in plain.items()]
     return [{"table": table}] * bool(table) + counts
+
+
+def _protocol_row(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "splits": name,
+        **{split: found["splits"].get(split) for split in ("train", "validation", "test")},
+        "groups in two splits": found["straddling_groups"],
+        "fingerprint": found["fingerprint"][:12],
+    }
 
 
 def training_blocks(runs: Mapping[str, Path]) -> list[dict[str, Any]]:

@@ -11,6 +11,11 @@ UTKFACE = (
     "pictures may not be passed on. What was trained on them falls under the same terms."
 )
 OTHER = "What was trained here falls under the terms of the data that it was trained on."
+OTHER_LIMITS = (
+    "Ages are as the data set gives them, and may be wrong. Look at how many faces each age class "
+    "has and how the error differs between them; other pictures than those trained on (another "
+    "crop, camera, age or group of people) are out of its range."
+)
 LIMITS = (
     "UTKFace's ages are estimates, made by an algorithm and checked by people, and some are wrong "
     "by decades. Ages 18-40 and White faces are the largest groups; children, the old and other "
@@ -33,7 +38,9 @@ def data_terms(name: str) -> str:
 def model_card(config: ml_collections.ConfigDict, *, parameters: int, fingerprint: str) -> str:
     """Markdown that lies beside the checkpoints of a run: what it is, terms, limits, use."""
     name = config.data.name
-    limits = "None of it holds for real faces." if name.startswith("drawn") else LIMITS
+    limits = LIMITS if name == "utkface" else OTHER_LIMITS
+    if name.startswith("drawn"):
+        limits = "None of it holds for real faces."
     start = config.init_from or "random weights"
     return "\n\n".join(
         [

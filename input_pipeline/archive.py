@@ -12,12 +12,23 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_FILE_BYTES = 256 << 20
+# Pictures are packed already: what grows more than this in unpacking is no picture.
+MAX_RATIO = 200
+PART_FILES = 1000  # of a source that is read by many workers
+_SMALL = 1 << 20  # bytes; below this a file may be packed as well as it likes
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+class _Bomb(Exception):
+    """A file within an archive that would unpack to far more than it is."""
+
 
 Source = str | os.PathLike | Sequence[str | os.PathLike]
 OnSkip = Callable[[str, str], None]
@@ -45,28 +56,98 @@ def iter_images(source: Source, *, on_skip: OnSkip | None = None) -> Iterator[tu
     """Yields (relative path, bytes) of every image file in `source` (see `resolve_source`).
 
     With several archives the relative path begins with the archive's name. Files that are no
-    images, unsafe, empty, or larger than 256 MiB go to `on_skip(relative_path, reason)`. Raises
-    ValueError on an archive that is damaged, cut short or encrypted.
+    images, unsafe, empty, larger than 256 MiB, or packed too tightly go to
+    `on_skip(relative_path, reason)`. Raises ValueError on an archive that is damaged, cut short,
+    encrypted, or unpacks to hundreds of times its size.
     """
-    on_skip = on_skip or (lambda path, reason: None)
     paths = resolve_source(source)
     for path in paths:
-        prefix = f"{path.name}/" if len(paths) > 1 else ""
-        reader = _iter_folder if path.is_dir() else _reader(path)
-        for name, size, read in reader(path):
-            relative = _clean(prefix + name)
-            if reason := _why_not(name, size):
-                on_skip(relative, reason)
-                continue
-            try:
-                data = read()
-            except PermissionError as error:
-                on_skip(relative, f"cannot be read ({error.strerror})")
-                continue
-            if len(data) > MAX_FILE_BYTES:
-                on_skip(relative, "file larger than 256 MiB")
-                continue
-            yield relative, data
+        yield from _read_images(_entries(path, len(paths) > 1), on_skip or (lambda path, why: None))
+
+
+class Part(NamedTuple):
+    """A stretch of the files of one archive or folder: those from `start` up to `stop`."""
+
+    path: Path
+    named: bool  # whether the relative paths begin with the archive's name
+    start: int
+    stop: int | None
+
+
+def split_source(source: Source) -> list[Part]:
+    """Returns parts of at most PART_FILES files which make up `source`, to be read apart.
+
+    A tar has no table of contents, so it is one part.
+    """
+    paths, parts = resolve_source(source), []
+    for path in paths:
+        count = count_files(path)
+        if count is None:
+            parts.append(Part(path, len(paths) > 1, 0, None))
+        else:
+            starts = range(0, count, PART_FILES)
+            parts += [Part(path, len(paths) > 1, start, start + PART_FILES) for start in starts]
+    return parts
+
+
+def iter_part(part: Part, *, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
+    """Yields (relative path, bytes) as `iter_images` does, of one part of a source."""
+    entries = islice(_entries(part.path, part.named), part.start, part.stop)
+    return _read_images(entries, on_skip)
+
+
+def list_files(source: Source, *, limit: int = 2000) -> tuple[list[str], int]:
+    """Returns (relative paths of the images, number of other files) without reading the files.
+
+    Stops at `limit` images, for a packed tar has to be unpacked to be listed.
+    """
+    paths, names, others = resolve_source(source), [], 0
+    for path in paths:
+        for relative, name, size, _ in _entries(path, len(paths) > 1):
+            if _why_not(name, size):
+                others += 1
+            elif len(names) < limit:
+                names.append(relative)
+            else:
+                return names, others
+    return names, others
+
+
+def read_tables(source: Source) -> dict[str, bytes]:
+    """Returns {relative path: content} of the CSV files in `source`, of those up to 256 MiB."""
+    paths, tables = resolve_source(source), {}
+    for path in paths:
+        for relative, name, size, read in _entries(path, len(paths) > 1):
+            if name.lower().endswith(".csv") and not _is_mac(name) and size:
+                if size <= MAX_FILE_BYTES:
+                    tables[relative] = read()
+    return tables
+
+
+def _entries(path: Path, named: bool):
+    """Yields (relative path, name, size, function to read it) of the files of one source."""
+    prefix = f"{path.name}/" if named else ""
+    for name, size, read in (_iter_folder if path.is_dir() else _reader(path))(path):
+        yield _clean(prefix + name), name, size, read
+
+
+def _read_images(entries, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
+    for relative, name, size, read in entries:
+        if reason := _why_not(name, size):
+            on_skip(relative, reason)
+            continue
+        try:
+            data = read()
+        except PermissionError as error:
+            on_skip(relative, f"cannot be read ({error.strerror})")
+            continue
+        except _Bomb as error:
+            on_skip(relative, str(error))
+            continue
+        if len(data) > MAX_FILE_BYTES:
+            on_skip(relative, "file larger than 256 MiB")
+            continue
+        yield relative, data
 
 
 def count_files(source: Source) -> int | None:
@@ -215,9 +296,10 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 def _iter_zip(path: Path):
     with _open_zip(path) as archive:
-        for info in archive.infolist():
-            if info.is_dir():
-                continue
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+        unpacked = sum(info.file_size for info in infos if not _why_not(info.filename, 1))
+        _check_ratio(path, unpacked, path.stat().st_size)
+        for info in infos:
             if info.flag_bits & 1:
                 raise ValueError(
                     f"{path} is encrypted: unpack it with its password (7z x '{path.name}') and "
@@ -226,7 +308,19 @@ def _iter_zip(path: Path):
             yield info.filename, info.file_size, lambda info=info: _read_zip(path, archive, info)
 
 
+def _check_ratio(path: Path, unpacked: int, size: int) -> None:
+    if unpacked > MAX_FILE_BYTES and unpacked > MAX_RATIO * size:
+        raise ValueError(
+            f"{path} ({size:,} bytes) would unpack to {unpacked:,} bytes or more, as no pictures "
+            "do: refused as a decompression bomb"
+        )
+
+
 def _read_zip(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    # The size in the directory is what Python unpacks at most, then it compares the checksum.
+    if info.file_size > max(_SMALL, MAX_RATIO * info.compress_size):
+        times = info.file_size // max(1, info.compress_size)
+        raise _Bomb(f"packed more tightly than a picture can be ({times:,}-fold)")
     try:
         with archive.open(info) as file:
             return file.read(MAX_FILE_BYTES + 1)
@@ -239,9 +333,11 @@ def _read_zip(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> by
 
 
 def _iter_tar(path: Path):
+    packed = path.stat().st_size
     try:
         with tarfile.open(path) as archive:
             for member in archive:
+                _check_ratio(path, member.offset_data + member.size, packed)
                 if not member.isdir():
                     size = member.size if member.isfile() else None
                     yield member.name, size, lambda m=member: _read_tar(path, archive, m)

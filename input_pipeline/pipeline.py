@@ -20,8 +20,8 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from input_pipeline.images import decode_image
-from input_pipeline.prepare import read_labels, read_transform_id, records_folder
-from input_pipeline.splits import fingerprint, read_splits
+from input_pipeline.prepared import read_labels, read_transform_id, records_folder
+from input_pipeline.splits import fingerprint, match_splits, read_splits
 
 __all__ = ["Faces", "decode_image", "eval_loader", "open_split", "train_loader"]
 
@@ -35,9 +35,9 @@ _BUFFER_BYTES = 512 << 20
 class Faces:
     """One split, or several joined, of a prepared folder, with random access.
 
-    labels: age, gender, race int32 [n], file and pixel_hash str [n]. records int64 [n]: the record
-    of each row. fingerprint: of the whole split file. missing: how many files of the split file are
-    not in the folder.
+    labels: age, gender, race int32 [n], file, identity, pixel_hash str [n]. records int64 [n]: the
+    record of each row. fingerprint: of the whole split file. missing: how many files of the split
+    file are not in the folder, or are other pictures there.
     """
 
     folder: Path
@@ -84,11 +84,13 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
     table = read_labels(folder)
     path = _split_file(folder, splits)
     where = read_splits(path)
-    rows, names = _join(table["file"], where)
+    found, counts = match_splits(table["file"], table["pixel_hash"], where)
+    rows = [row for row, name in enumerate(found) if name]
+    names = [found[row] for row in rows]
     if not rows:
         raise ValueError(f"{path}: none of its {len(where)} files is in {folder}")
     wanted = split.split("+")
-    known = sorted(set(where.values()))
+    known = sorted({row.split for row in where.values()})
     for part in wanted:
         if part not in known:
             near = difflib.get_close_matches(part, known, 1)
@@ -98,7 +100,7 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
     if not chosen:
         raise ValueError(f"split {split} is empty: none of its files is in {folder}")
     numbers = {name: np.array(table[name], np.int32)[chosen] for name in ("age", "gender", "race")}
-    text = {name: np.array(table[name])[chosen] for name in ("file", "pixel_hash")}
+    text = {name: np.array(table[name])[chosen] for name in ("file", "identity", "pixel_hash")}
     return Faces(
         folder=folder,
         split=split,
@@ -109,7 +111,7 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
             names,
             transform_id=read_transform_id(folder),
         ),
-        missing=len(where) - len(rows),
+        missing=counts["missing"] + counts["changed"],
     )
 
 
@@ -276,17 +278,6 @@ def _split_file(folder: Path, splits: str | Path) -> Path:
             "file with the columns file and split can be given by its path"
         )
     return path
-
-
-def _join(files: list[str], where: dict[str, str]) -> tuple[list[int], list[str]]:
-    """Returns the rows that the split table names (with or without folders) and their splits."""
-    bare = {Path(file).name: split for file, split in where.items()}
-    rows, names = [], []
-    for row, file in enumerate(files):
-        if split := where.get(file) or bare.get(file):
-            rows.append(row)
-            names.append(split)
-    return rows, names
 
 
 def _n_cpus() -> int:

@@ -1,43 +1,46 @@
 """A downloaded face set made ready once: records, labels, splits, and an account of every file.
 
-root/name/tfds/utkface/1.0.0/   array_record files as TFDS writes them
-root/name/labels.csv            a row per record, in record order
-root/name/splits/default.csv    file, pixel_hash, split
-root/name/skipped.csv           every file left out, and why
-root/name/prepare.json          counts, fingerprint, versions
+root/name/tfds/<builder>/2.0.0/   array_record files as TFDS writes them
+root/name/labels.csv              a row per record, in record order
+root/name/splits/<protocol>.csv   file, pixel_hash, split
+root/name/skipped.csv             every file left out, and why
+root/name/conflicts.csv           copies of one picture whose labels disagree
+root/name/rows_without_image.csv  where a label table has such rows
+root/name/prepare.json            counts, fingerprints, versions
 """
 
-import csv
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from input_pipeline.archive import (
-    IMAGE_SUFFIXES,
-    Source,
-    count_files,
-    describe,
-    resolve_source,
-)
-from input_pipeline.names import UTKFACE_PATTERN, parse_utkface_name
-from input_pipeline.scan import Transform
-from input_pipeline.splits import assign_splits, fingerprint, straddling_groups, write_splits
-from input_pipeline.utkface.utkface_dataset_builder import Builder
+from input_pipeline.account import summary, write_account
+from input_pipeline.agedb.agedb_dataset_builder import Builder as AgeDBBuilder
+from input_pipeline.archive import Source, count_files, describe, resolve_source
+from input_pipeline.face_builder import FaceBuilder
+from input_pipeline.folder.folder_dataset_builder import Builder as FolderBuilder
+from input_pipeline.layouts import find_layout
+from input_pipeline.prepared import read_labels, read_transform_id, records_folder
+from input_pipeline.scan import Reading, Transform
+from input_pipeline.utkface.utkface_dataset_builder import Builder as UTKFaceBuilder
+
+__all__ = ["prepare", "read_labels", "read_transform_id", "records_folder", "summary"]
 
 FORMAT = 2
-LABEL_COLUMNS = ("file", "age", "gender", "race", "pixel_hash", "height", "width")
-_OURS = {"tfds", "labels.csv", "splits", "skipped.csv", "prepare.json"}
-_CLASSES = (("<18", 0, 17), ("18-40", 18, 40), ("41-60", 41, 60), (">60", 61, 116))
+_BUILDERS = {"utkface": UTKFaceBuilder, "agedb": AgeDBBuilder}
+_TABLES = ("labels.csv", "skipped.csv", "conflicts.csv", "rows_without_image.csv")
+_OURS = {"tfds", "splits", "prepare.json", *_TABLES}
 
 Progress = Callable[[str], None]
 
@@ -46,45 +49,81 @@ def prepare(
     source: Source,
     root: str | Path,
     *,
-    name: str,
+    name: str = "",
+    layout: str = "auto",
+    labels: Sequence[str | Path] = (),
+    age_column: str = "",
+    splits: Mapping[str, str | Path] | None = None,
+    drop_conflicts: int | None = None,
     seed: int = 0,
     transform: Transform | None = None,
     transform_id: str = "",
+    beam_runner: str = "",
+    beam_options: Sequence[str] = (),
     progress: Progress | None = print,
 ) -> dict[str, Any]:
-    """Builds `root/name` from UTKFace images in `source` and returns what prepare.json holds.
+    """Builds `root/name` from the images in `source` and returns what prepare.json holds.
 
-    `source` is a folder, a zip, a tar, a glob or a list of tars (`archive.resolve_source`). The
-    same source and seed prepared before is reused, with a line saying so; another source replaces
-    it. The folder appears only when it is complete. `progress` gets lines of text; None is silent.
+    `source` is a folder, a zip, a tar, a glob or a list of tars (`archive.resolve_source`);
+    `layout`, `labels` and `age_column` say how their ages are given (`layouts.find_layout`), and
+    `name` is the layout's unless it is given. The same source and settings prepared before are
+    reused, with a line saying so; others replace it. The folder appears only when it is complete.
+    `progress` gets lines of text; None is silent.
+
+    `splits` are CSV files of protocols to add, by name; `drop_conflicts` leaves copies of a picture
+    whose ages lie more than so many years apart out of all splits.
 
     `transform` is a picklable function from the bytes of a file to the bytes that are kept (a face
     crop, say), which raises ValueError with the reason to leave a file out. `transform_id` names it
     with its settings and version: it is part of prepare.json, of what tells whether a folder can be
     reused, and of the fingerprint.
 
+    With `beam_runner` (such as 'DirectRunner') the records are made by Apache Beam with these
+    options; they and the splits are the same.
+
     Raises FileNotFoundError or ValueError, with one clear line, when there is nothing to prepare.
     """
-    progress = progress or (lambda line: None)
-    folder = Path(root).expanduser() / name
-    _check_place(folder, name, source)
-    if bool(transform) != bool(transform_id):
-        raise ValueError("a transform and its transform_id go together: give both or neither")
-    source_id = _source_id(source, seed, transform_id)
+    progress, splits = progress or (lambda line: None), dict(splits or {})
+    _check_settings(transform, transform_id, beam_runner, drop_conflicts, splits)
+    _check_place(Path(root).expanduser(), name, source)
+    found_layout = find_layout(source, layout=layout, labels=labels, age_column=age_column)
+    folder = Path(root).expanduser() / (name or found_layout.name)
+    settings = {
+        "name": folder.name,
+        "layout": found_layout.name,
+        "seed": seed,
+        "drop_conflicts": drop_conflicts,
+        "transform_id": transform_id,
+    }
+    files = [*labels, *splits.values()]
+    source_id = _source_id(source, [FORMAT, settings, age_column, *splits], files)
     if ready := _reuse(folder, source_id, progress):
         return ready
+    progress(f"reading {found_layout.about}")
     partial = _partial_folder(folder)
     try:
-        found, skipped = _build_records(source, partial, progress, transform)
-        info = _write_tables(
+        reading = Reading(found_layout.read_label, found_layout.short_name, transform)
+        builder = _BUILDERS.get(found_layout.name, FolderBuilder)
+        if beam_runner:
+            skipped = _build_with_beam(
+                builder, source, reading, partial, runner=beam_runner, options=beam_options
+            )
+        else:
+            skipped = _build_records(builder, source, reading, partial, progress)
+        account = write_account(
             partial,
             skipped,
-            found=found,
+            layout=found_layout,
             seed=seed,
-            source_id=source_id,
+            drop_conflicts=drop_conflicts,
+            splits=splits,
             transform_id=transform_id,
         )
-        _put_in_place(partial, folder)
+        info = {"format": FORMAT, **settings, **account}
+        info |= {"source_id": source_id, "versions": _versions()}
+        info["bytes"] = _sizes(partial, info["protocols"])
+        (partial / "prepare.json").write_text(json.dumps(info, indent=2) + "\n")
+        _put_in_place(partial, folder, info["protocols"])
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     progress(summary(info))
@@ -92,61 +131,40 @@ def prepare(
     return info
 
 
-def summary(info: dict[str, Any]) -> str:
-    """Returns a table of what prepare.json holds: counts, reasons, duplicates, splits, classes."""
-    found, kept = info["found"], info["kept"]
-    lines = [f"{'found':<44}{found:>8,}", f"{'kept':<44}{kept:>8,}"]
-    lines += [f"{'skipped: ' + reason:<44.43}{n:>8,}" for reason, n in info["skipped"].items()]
-    lines += [
-        f"{'groups of identical pictures':<44}{info['duplicate_groups']:>8,}",
-        f"{'  files in them':<44}{info['duplicate_files']:>8,}",
-        f"{'  groups that disagree on the age':<44}{info['conflicting_age_groups']:>8,}",
-        f"{'groups in two splits':<44}{info['straddling_groups']:>8,}",
-    ]
-    lines += [f"{'split ' + split:<44}{n:>8,}" for split, n in info["splits"].items()]
-    lines += [f"{'class ' + c:<44}{n:>8,}  {n / kept:6.1%}" for c, n in info["classes"].items()]
-    lines.append(f"fingerprint {info['fingerprint'][:16]}")
-    return "\n".join(lines)
+def _check_settings(
+    transform: Transform | None,
+    transform_id: str,
+    beam_runner: str,
+    drop_conflicts: int | None,
+    splits: Mapping[str, str | Path],
+) -> None:
+    if bool(transform) != bool(transform_id):
+        raise ValueError("a transform and its transform_id go together: give both or neither")
+    if drop_conflicts is not None and drop_conflicts < 0:
+        raise ValueError(f"drop_conflicts must be 0 years or more, got {drop_conflicts}")
+    if beam_runner and not importlib.util.find_spec("apache_beam"):
+        raise ValueError("Apache Beam is not installed: pip install 'coatnet-jax[beam]'")
+    for name, path in splits.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"splits name {name!r} must be a plain word, such as 'utkface_21_60'")
+        if not Path(path).expanduser().is_file():
+            raise FileNotFoundError(f"split file {path} does not exist")
 
 
-def read_labels(folder: str | Path) -> dict[str, list]:
-    """Returns the columns of labels.csv as lists, in record order; numbers are ints.
-
-    Raises FileNotFoundError when the folder was not prepared.
-    """
-    path = Path(folder) / "labels.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no prepared data ({path.name}): prepare it first")
-    with path.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    text = {"file", "pixel_hash"}
-    return {c: [row[c] if c in text else int(row[c]) for row in rows] for c in LABEL_COLUMNS}
-
-
-def read_transform_id(folder: str | Path) -> str:
-    """Returns what was done to the pictures of a prepared folder ('' for nothing)."""
-    return json.loads((Path(folder) / "prepare.json").read_text()).get("transform_id", "")
-
-
-def records_folder(folder: str | Path) -> Path:
-    """Returns the folder of TFDS files inside a prepared folder; raises FileNotFoundError."""
-    found = sorted(Path(folder).glob("tfds/*/*/dataset_info.json"))
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no prepared data (tfds/): prepare it first")
-    return found[-1].parent
-
-
-def _check_place(folder: Path, name: str, source: Source) -> None:
-    if not name or name != Path(name).name or name.startswith("."):
+def _check_place(root: Path, name: str, source: Source) -> None:
+    folder = root / name
+    if name != Path(name).name or name.startswith("."):
         raise ValueError(f"data name {name!r} must be a plain folder name, such as 'utkface'")
     for path in resolve_source(source):
         if path.is_dir() and folder.resolve().is_relative_to(path.resolve()):
             raise ValueError(f"{folder} lies within the source {path}: choose another root")
 
 
-def _source_id(source: Source, seed: int, transform_id: str) -> str:
-    """Identifies a source by its files' names, sizes and times, wherever it lies."""
-    facts = [FORMAT, seed, transform_id, describe(source)]
+def _source_id(source: Source, settings: Sequence[Any], files: Sequence[str | Path]) -> str:
+    """Identifies a source by its files' names, sizes and times, wherever it lies, and how it is
+    read: the settings and the content of the tables beside it."""
+    tables = [hashlib.sha256(Path(f).expanduser().read_bytes()).hexdigest() for f in files]
+    facts = [*settings, tables, describe(source)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -162,7 +180,10 @@ def _reuse(folder: Path, source_id: str, progress: Progress) -> dict[str, Any] |
         )
     try:
         info = json.loads((folder / "prepare.json").read_text())
-        whole = info["bytes"] == _sizes(folder)
+        if info["format"] != FORMAT:
+            progress(f"{folder} was made by another version: building it again")
+            return None
+        whole = info["bytes"] == _sizes(folder, info["protocols"])
     except (OSError, ValueError, KeyError):
         whole = False
     if not whole:
@@ -175,9 +196,11 @@ def _reuse(folder: Path, source_id: str, progress: Progress) -> dict[str, Any] |
     return info
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _sizes(folder: Path, protocols: Mapping[str, Any]) -> dict[str, int]:
     """Returns the size of every file that prepare writes, but for prepare.json itself."""
-    files = [*folder.glob("tfds/*/*/*"), *folder.glob("*.csv"), folder / "splits" / "default.csv"]
+    tables = [folder / name for name in _TABLES if (folder / name).exists()]
+    splits = [folder / "splits" / f"{name}.csv" for name in protocols]
+    files = [*folder.glob("tfds/*/*/*"), *tables, *splits]
     return {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(files)}
 
 
@@ -205,9 +228,13 @@ def _is_running(pid: int) -> bool:
 
 
 def _build_records(
-    source: Source, partial: Path, progress: Progress, transform: Transform | None
-) -> tuple[int, list[tuple[str, str]]]:
-    """Writes the TFDS files; returns how many files were met, and (path, reason) of the skipped."""
+    builder_class: type[FaceBuilder],
+    source: Source,
+    reading: Reading,
+    partial: Path,
+    progress: Progress,
+) -> list[tuple[str, str]]:
+    """Writes the TFDS files; returns (path, reason) of the skipped ones."""
     skipped: list[tuple[str, str]] = []
     count = _Count(count_files(source), progress)
 
@@ -215,26 +242,55 @@ def _build_records(
         skipped.append((path, reason))
         count()
 
-    builder = Builder(
-        data_dir=partial / "tfds",
-        source=source,
-        on_skip=on_skip,
-        on_keep=count,
-        transform=transform,
+    builder = builder_class(
+        data_dir=partial / "tfds", source=source, reading=reading, on_skip=on_skip, on_keep=count
     )
-    config = tfds.download.DownloadConfig(compute_stats=tfds.download.ComputeStatsMode.SKIP)
-    tfds.disable_progress_bar()
     try:
-        builder.download_and_prepare(download_config=config)
+        _download_and_prepare(builder, partial)
     except AssertionError as error:
         if count.n > len(skipped):
             raise
         # TFDS asserts that the generator yields something
         raise ValueError(_nothing_found(source, skipped)) from error
+    return skipped
+
+
+def _build_with_beam(
+    builder_class: type[FaceBuilder],
+    source: Source,
+    reading: Reading,
+    partial: Path,
+    *,
+    runner: str,
+    options: Sequence[str],
+) -> list[tuple[str, str]]:
+    """Writes the TFDS files with Apache Beam; returns (path, reason) of the skipped files."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    from input_pipeline.beam_faces import read_skips
+
+    skips = partial / "skips"
+    builder = builder_class(
+        data_dir=partial / "tfds", source=source, reading=reading, beam_skips=skips
+    )
+    _download_and_prepare(
+        builder, partial, beam_runner=runner, beam_options=PipelineOptions(list(options))
+    )
+    skipped = read_skips(skips)
+    shutil.rmtree(skips, ignore_errors=True)
+    return skipped
+
+
+def _download_and_prepare(builder: FaceBuilder, partial: Path, **options) -> None:
+    skip = tfds.download.ComputeStatsMode.SKIP
+    tfds.disable_progress_bar()
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(compute_stats=skip, **options)
+        )
     finally:
         tfds.enable_progress_bar()
     shutil.rmtree(partial / "tfds" / "downloads", ignore_errors=True)
-    return count.n, skipped
 
 
 class _Count:
@@ -256,101 +312,14 @@ class _Count:
         self.progress(f"prepared {self.n:,}{of} files, {speed:,.0f}/s{left}")
 
 
-def _nothing_found(source: Source, skipped: list[tuple[str, str]]) -> str:
-    """Says why no image was kept: none there, none named as UTKFace, or none sound."""
+def _nothing_found(source: Source, skipped: Sequence[tuple[str, str]]) -> str:
+    """Says why no image was kept: none there, or none that could be used."""
     no_image = ("not an image file", "macOS metadata")
-    images = [(path, reason) for path, reason in skipped if reason not in no_image]
-    if not images:
+    reasons = [reason for _, reason in skipped if reason not in no_image]
+    if not reasons:
         return f"{source} holds no images ({len(skipped)} other files)"
-    misnamed = [path for path, _ in images if _is_misnamed(path)]
-    if len(misnamed) == len(images):
-        return (
-            f"{source} has {len(misnamed)} images but none with a UTKFace name: found "
-            f"{', '.join(misnamed[:3])}; expected {UTKFACE_PATTERN}"
-        )
-    reason, n = Counter(reason for _, reason in images).most_common(1)[0]
-    return f"{source}: none of {len(images)} images can be used; {n} of them: {reason}"
-
-
-def _is_misnamed(path: str) -> bool:
-    try:
-        parse_utkface_name(path)
-    except ValueError:
-        return path.lower().endswith(IMAGE_SUFFIXES)
-    return False
-
-
-def _write_tables(
-    partial: Path,
-    skipped: list[tuple[str, str]],
-    *,
-    found: int,
-    seed: int,
-    source_id: str,
-    transform_id: str,
-) -> dict[str, Any]:
-    """Writes labels.csv, splits, skipped.csv and prepare.json; returns what the last holds."""
-    labels = _labels_of_records(partial)
-    if len(labels["file"]) + len(skipped) != found:
-        raise RuntimeError(
-            f"{found} files found, but {len(labels['file'])} kept and {len(skipped)} skipped"
-        )
-    with (partial / "labels.csv").open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(("index", *LABEL_COLUMNS))
-        writer.writerows(zip(range(len(labels["file"])), *labels.values(), strict=True))
-    with (partial / "skipped.csv").open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerows([("file", "reason"), *sorted(skipped)])
-    splits = assign_splits(labels["pixel_hash"], labels["age"], seed=seed)
-    (partial / "splits").mkdir()
-    write_splits(
-        partial / "splits" / "default.csv", labels["file"], labels["pixel_hash"], splits.tolist()
-    )
-    info = _account(labels, splits.tolist(), skipped, transform_id)
-    info |= {"seed": seed, "transform_id": transform_id}
-    info |= {"source_id": source_id, "versions": _versions()}
-    info["bytes"] = _sizes(partial)
-    (partial / "prepare.json").write_text(json.dumps(info, indent=2) + "\n")
-    return info
-
-
-def _labels_of_records(partial: Path) -> dict[str, list]:
-    """Reads the labels back in record order, which TFDS chose by hashing the file names."""
-    builder = tfds.builder_from_directory(records_folder(partial))
-    skip = {"image": tfds.decode.SkipDecoding()}
-    labels: dict[str, list] = {column: [] for column in LABEL_COLUMNS}
-    for record in builder.as_data_source(split="faces", decoders=skip):
-        for column, values in labels.items():
-            value = record[column]
-            values.append(value.decode() if isinstance(value, bytes) else int(value))
-    return labels
-
-
-def _account(
-    labels: dict[str, list], splits: list[str], skipped: list[tuple[str, str]], transform_id: str
-) -> dict:
-    """Counts what was found: kept, skipped by reason, duplicates, splits, age classes."""
-    hashes, ages = labels["pixel_hash"], labels["age"]
-    groups = defaultdict(list)
-    for key, age in zip(hashes, ages, strict=True):
-        groups[key].append(age)
-    copies = [found for found in groups.values() if len(found) > 1]
-    reasons = Counter(reason.partition(" (")[0] for _, reason in skipped)
-    sizes = Counter(splits)
-    return {
-        "format": FORMAT,
-        "found": len(hashes) + len(skipped),
-        "kept": len(hashes),
-        "skipped": dict(reasons.most_common()),
-        "duplicate_groups": len(copies),
-        "duplicate_files": sum(map(len, copies)),
-        "conflicting_age_groups": sum(len(set(found)) > 1 for found in copies),
-        "straddling_groups": straddling_groups(hashes, splits),
-        "splits": {split: sizes[split] for split in ("train", "validation", "test")},
-        "classes": {c: sum(low <= age <= high for age in ages) for c, low, high in _CLASSES},
-        "fingerprint": fingerprint(hashes, splits, transform_id=transform_id),
-    }
+    reason, n = Counter(reasons).most_common(1)[0]
+    return f"{source}: none of {len(reasons)} images can be used; {n} of them: {reason}"
 
 
 def _versions() -> dict[str, str]:
@@ -364,12 +333,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
+def _put_in_place(partial: Path, folder: Path, protocols: Mapping[str, Any]) -> None:
     """Renames the finished folder into place; split files added to the old one move over."""
     old = partial.with_name(partial.name + "-old")
     if folder.exists():
         for extra in (folder / "splits").glob("*.csv"):
-            if extra.name != "default.csv":
+            if extra.stem not in protocols:
                 shutil.copy2(extra, partial / "splits" / extra.name)
         folder.rename(old)
     partial.rename(folder)

@@ -6,90 +6,131 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from input_pipeline.archive import OnSkip, Source, iter_images
 from input_pipeline.images import decode_checked, pixel_hash
-from input_pipeline.names import FaceLabel
+from input_pipeline.names import FaceLabel, bare_name
+from input_pipeline.near_duplicates import perceptual_hash
 
 Transform = Callable[[bytes], bytes]
 _N_JOBS = min(os.cpu_count() or 1, 8)
 
 
-def iter_faces(
-    source: Source,
-    *,
-    parse_name: Callable[[str], FaceLabel],
-    on_skip: OnSkip,
-    transform: Transform | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Yields a dict per face: image (the original bytes), file, age, gender, race, pixel_hash,
-    height, width. Whatever is not yielded goes to `on_skip(path, reason)`.
+@dataclass(frozen=True)
+class Reading:
+    """How files become faces; picklable where its parts are.
+
+    read_label: labels from a path, or ValueError with the reason. short_name: the name under which
+    a path is listed. transform: makes the bytes that are kept from those of the file, or raises
+    ValueError with the reason to leave the file out.
+    """
+
+    read_label: Callable[[str], FaceLabel]
+    short_name: Callable[[str], str] = bare_name
+    transform: Transform | None = None
+
+
+class Picture(NamedTuple):
+    """A file that was read and decoded: its bytes as they are kept, and what was found."""
+
+    image: bytes
+    pixel_hash: str
+    perceptual_hash: str
+    height: int
+    width: int
+
+
+def iter_faces(source: Source, *, reading: Reading, on_skip: OnSkip) -> Iterator[dict[str, Any]]:
+    """Yields a dict per face: image (the bytes kept), file, age, gender, race, identity,
+    pixel_hash, perceptual_hash, height, width. Whatever is not yielded goes to
+    `on_skip(path, reason)`.
 
     `file` is the name without folders; a name met again with the same pixels is skipped, and with
-    other pixels is kept under its whole path. `transform` makes the bytes that are kept from those
-    of the file, or raises ValueError with the reason to leave the file out; it runs in processes of
-    its own, so it must be picklable. Raises ValueError as `archive.iter_images` does.
+    other pixels is kept under its whole path. A transform runs in processes of its own. Raises
+    ValueError as `archive.iter_images` does.
     """
-    kept: dict[str, dict[str, str]] = {}  # name -> {pixel hash: path}
-    used: set[str] = set()
-    jobs = _readable(source, parse_name, on_skip)
-    with _pool(transform) as pool:
-        for (path, _, label), checked in _map_in_order(pool, partial(_check, transform), jobs):
-            if isinstance(checked, ValueError):
-                on_skip(path, str(checked))
+    copies: dict[str, Copies] = {}
+    jobs = _readable(source, reading, on_skip)
+    with _pool(reading.transform) as pool:
+        check = partial(_check_job, reading.transform)
+        for (path, _, label), picture in _map_in_order(pool, check, jobs):
+            if isinstance(picture, ValueError):
+                on_skip(path, str(picture))
                 continue
-            data, key, (height, width) = checked
-            name = PurePosixPath(path).name
-            copies = kept.setdefault(name, {})
-            if key in copies:
-                on_skip(path, f"duplicate file name (first at {copies[key]})")
+            name = reading.short_name(path)
+            found = copies.setdefault(name, Copies(name)).place(path, picture.pixel_hash)
+            if found.first:
+                on_skip(path, f"duplicate file name (first at {found.first})")
                 continue
-            file = path if copies else name
-            if file in used:  # an archive may hold one path twice
-                file = f"{path}#{len(used)}"
-            used.add(file)
-            copies[key] = path
-            yield {
-                "image": data,
-                "file": file,
-                **label._asdict(),
-                "pixel_hash": key,
-                "height": height,
-                "width": width,
-            }
+            yield example(found.file, label, picture)
 
 
-def _readable(source: Source, parse_name: Callable[[str], FaceLabel], on_skip: OnSkip):
-    """Yields (path, bytes, label) of files whose name tells an age and whose bytes are new."""
+class Copies:
+    """The files of one name, in order: the first of each picture is kept, under a name of its own.
+
+    The second picture of a name is listed under its whole path, but for what `name` leaves out.
+    """
+
+    class Placed(NamedTuple):
+        file: str  # the name to keep it under
+        first: str  # or where the same picture was met before
+
+    def __init__(self, name: str):
+        self._name, self._first = name, {}  # pixel hash -> path
+
+    def place(self, path: str, key: str) -> "Copies.Placed":
+        """Returns the name of a file with these pixels, or where its copy is."""
+        if key in self._first:
+            return self.Placed("", self._first[key])
+        file = self._name
+        if self._first:
+            file = path[: len(path) - len(bare_name(path))] + self._name
+            if file == self._name or path in self._first.values():  # one path twice in an archive
+                file += f"#{len(self._first)}"
+        self._first[key] = path
+        return self.Placed(file, "")
+
+
+def check(data: bytes, transform: Transform | None) -> Picture:
+    """Returns the picture in the bytes of a file; raises ValueError where it must be left out."""
+    if transform:
+        data = transform(data)
+    pixels = decode_checked(data)
+    return Picture(data, pixel_hash(pixels), perceptual_hash(pixels), *pixels.shape[:2])
+
+
+def example(file: str, label: FaceLabel, picture: Picture) -> dict[str, Any]:
+    """Returns the record of a face as the TFDS builders write it."""
+    return {"file": file, **label._asdict(), **picture._asdict()}
+
+
+def _readable(source: Source, reading: Reading, on_skip: OnSkip):
+    """Yields (path, bytes, label) of files whose path tells an age and whose bytes are new."""
     seen: dict[tuple[str, bytes], str] = {}
     for path, data in iter_images(source, on_skip=on_skip):
-        name = PurePosixPath(path).name
         try:
-            label = parse_name(name)
+            label = reading.read_label(path)
         except ValueError as error:
             on_skip(path, str(error))
             continue
-        first = seen.setdefault((name, hashlib.sha256(data).digest()), path)
+        key = (reading.short_name(path), hashlib.sha256(data).digest())
+        first = seen.setdefault(key, path)
         if first is not path:
             on_skip(path, f"duplicate file name (first at {first})")
             continue
         yield path, data, label
 
 
-def _check(
+def _check_job(
     transform: Transform | None, job: tuple[str, bytes, FaceLabel]
-) -> tuple[bytes, str, tuple[int, int]] | ValueError:
-    data = job[1]
+) -> Picture | ValueError:
     try:
-        if transform:
-            data = transform(data)
-        pixels = decode_checked(data)
+        return check(job[1], transform)
     except ValueError as error:
         return error
-    return data, pixel_hash(pixels), pixels.shape[:2]
 
 
 def _pool(transform: Transform | None) -> Executor:

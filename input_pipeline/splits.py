@@ -1,22 +1,25 @@
-"""Train, validation and test splits in which identical pictures never part.
+"""Train, validation and test splits in which pictures that belong together never part.
 
-UTKFace holds hundreds of pixel-identical pictures under several names, often with different ages;
-a random split by file would put copies of test faces into the training set.
+UTKFace holds hundreds of photos under several names, identical or nearly so, often with different
+ages; a random split by file would put copies of test faces into the training set.
 """
 
 import csv
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+
+from input_pipeline.names import bare_name, public_name
 
 FRACTIONS = (("train", 0.7), ("validation", 0.15), ("test", 0.15))
 
 
 def assign_splits(
-    hashes: Sequence[str],
+    groups: Sequence[str],
     ages: Sequence[int],
     *,
     fractions: Sequence[tuple[str, float]] = FRACTIONS,
@@ -24,20 +27,20 @@ def assign_splits(
 ) -> np.ndarray:
     """Returns a split name for every image, str [n], independent of the order of the images.
 
-    Images of equal hash form a group which stays together. The groups are ordered by age, and
-    within an age by SHA-256 of (seed, hash); each goes to the split which is then furthest behind
+    Images of equal `groups` stay together (`groups.group_keys`). The groups are ordered by age, and
+    within an age by SHA-256 of (seed, group); each goes to the split which is then furthest behind
     its fraction, so every stretch of ages is divided alike. Raises ValueError on bad fractions.
     """
-    if len(hashes) != len(ages):
-        raise ValueError(f"{len(hashes)} hashes but {len(ages)} ages")
+    if len(groups) != len(ages):
+        raise ValueError(f"{len(groups)} groups but {len(ages)} ages")
     names, shares = [name for name, _ in fractions], np.array([share for _, share in fractions])
     if len(set(names)) != len(names) or (shares <= 0).any() or abs(shares.sum() - 1) > 1e-6:
         raise ValueError(f"split fractions must be positive and sum to 1, got {tuple(fractions)}")
     rows = defaultdict(list)
-    for row, key in enumerate(hashes):
+    for row, key in enumerate(groups):
         rows[key].append(row)
     counts = np.zeros(len(names))
-    result = np.empty(len(hashes), dtype=f"<U{max(map(len, names))}")
+    result = np.empty(len(groups), dtype=f"<U{max(map(len, names))}")
     for key in sorted(rows, key=lambda key: _group_order(key, [ages[i] for i in rows[key]], seed)):
         behind = shares * (counts.sum() + len(rows[key])) - counts
         chosen = int(np.argmax(behind))
@@ -63,26 +66,35 @@ def fingerprint(hashes: Iterable[str], splits: Iterable[str], *, transform_id: s
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def straddling_groups(hashes: Iterable[str], splits: Iterable[str]) -> int:
-    """Returns how many groups of identical pictures lie in more than one split."""
+def straddling_groups(groups: Iterable[str], splits: Iterable[str]) -> int:
+    """Returns how many groups lie in more than one split; images without a split ('') are none."""
     found = defaultdict(set)
-    for key, split in zip(hashes, splits, strict=True):
-        found[key].add(split)
+    for key, split in zip(groups, splits, strict=True):
+        if split:
+            found[key].add(split)
     return sum(len(names) > 1 for names in found.values())
 
 
 def write_splits(
     path: str | Path, files: Sequence[str], hashes: Sequence[str], splits: Sequence[str]
 ) -> None:
-    """Writes a CSV of file, pixel_hash and split, sorted by file."""
+    """Writes a CSV of file, pixel_hash and split, sorted by file, without those of split ''."""
+    rows = (row for row in zip(files, hashes, splits, strict=True) if row[-1])
     with open(path, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(("file", "pixel_hash", "split"))
-        writer.writerows(sorted(zip(files, hashes, splits, strict=True)))
+        writer.writerows(sorted(rows))
 
 
-def read_splits(path: str | Path) -> dict[str, str]:
-    """Returns {file: split} from a CSV with at least the columns `file` and `split`.
+class SplitRow(NamedTuple):
+    """What a split file says of a picture; pixel_hash is '' where it does not say it."""
+
+    split: str
+    pixel_hash: str
+
+
+def read_splits(path: str | Path) -> dict[str, SplitRow]:
+    """Returns {file: row} from a CSV with at least the columns `file` and `split`.
 
     Raises FileNotFoundError, or ValueError on missing columns, an empty split name, no rows, or a
     file that lies in two splits.
@@ -90,7 +102,7 @@ def read_splits(path: str | Path) -> dict[str, str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"split file {path} does not exist")
-    result: dict[str, str] = {}
+    result: dict[str, SplitRow] = {}
     with path.open(newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines)
         missing = {"file", "split"} - set(reader.fieldnames or ())
@@ -103,8 +115,33 @@ def read_splits(path: str | Path) -> dict[str, str]:
             file, split = row["file"], (row["split"] or "").strip()
             if not file or not split:
                 raise ValueError(f"{path} line {reader.line_num}: file or split is empty")
-            if result.setdefault(file, split) != split:
-                raise ValueError(f"{path}: {file} is in {result[file]} and in {split}")
+            found = result.setdefault(file, SplitRow(split, row.get("pixel_hash") or ""))
+            if found.split != split:
+                raise ValueError(f"{path}: {file} is in {found.split} and in {split}")
     if not result:
         raise ValueError(f"{path} has no rows")
     return result
+
+
+def match_splits(
+    files: Sequence[str], hashes: Sequence[str], rows: Mapping[str, SplitRow]
+) -> tuple[list[str], dict[str, int]]:
+    """Returns the split of every image ('' where there is none), and how the rows were matched.
+
+    Names are compared with their folders, else without them, else without the person's name; a
+    pixel hash in a row must be the image's. The counts: rows; missing (no such file here); changed
+    (another picture under that name).
+    """
+    by_name: dict[str, set[str]] = defaultdict(set)
+    for file in rows:
+        for name in {bare_name(file), public_name(file)}:
+            by_name[name].add(file)
+    splits, used, changed = [], set(), 0
+    for file, key in zip(files, hashes, strict=True):
+        names = {file} if file in rows else by_name.get(file, set())
+        right = {name for name in names if rows[name].pixel_hash in ("", key)}
+        found = {rows[name].split for name in right}
+        changed += bool(names) and not right
+        used |= names
+        splits.append(found.pop() if len(found) == 1 else "")
+    return splits, {"rows": len(rows), "missing": len(rows) - len(used), "changed": changed}

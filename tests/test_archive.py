@@ -6,7 +6,16 @@ import zipfile
 
 import pytest
 
-from input_pipeline.archive import count_files, describe, iter_images, resolve_source
+from input_pipeline.archive import (
+    count_files,
+    describe,
+    iter_images,
+    iter_part,
+    list_files,
+    read_tables,
+    resolve_source,
+    split_source,
+)
 
 FILES = {
     "UTKFace/a.jpg": b"A" * 900,
@@ -178,3 +187,58 @@ def test_huge_file_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr("input_pipeline.archive.MAX_FILE_BYTES", 1000)
     images, skipped = read(write_zip(tmp_path / "faces.zip"))
     assert "c.png" not in images and skipped["c.png"] == "file larger than 256 MiB"
+
+
+def test_parts_of_a_source_make_up_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("input_pipeline.archive.PART_FILES", 2)
+    sources = [
+        write_folder(tmp_path / "folder"),
+        write_zip(tmp_path / "faces.zip"),
+        write_tar(tmp_path / "faces.tar"),
+    ]
+    for source in (*sources, sources):
+        skipped = {}
+        parts = [dict(iter_part(p, on_skip=skipped.__setitem__)) for p in split_source(source)]
+        assert sum(map(len, parts)) == len({name for part in parts for name in part})
+        assert ({k: v for part in parts for k, v in part.items()}, skipped) == read(source)
+    assert len(split_source(sources)) == 4 + 4 + 1
+
+
+def test_listing_reads_no_file_and_stops_at_its_limit(tmp_path):
+    path = write_zip(tmp_path / "faces.zip")
+    assert list_files(path) == (["UTKFace/a.jpg", "UTKFace/b.JPEG", "c.png"], 4)
+    assert list_files(path, limit=1)[0] == ["UTKFace/a.jpg"]
+    write_zip(tmp_path / "t.zip", {"a.csv": b"x", "b/B.CSV": b"y", "._c.csv": b"z", "d.jpg": b"d"})
+    assert read_tables(tmp_path / "t.zip") == {"a.csv": b"x", "b/B.CSV": b"y"}
+
+
+def test_file_packed_too_tightly_is_skipped(tmp_path):
+    files = {"bomb.jpg": bytes(3 << 20), "small.jpg": bytes(1 << 20), "a.jpg": b"A"}
+    path = write_zip(tmp_path / "bomb.zip", files, compression=zipfile.ZIP_DEFLATED)
+    images, skipped = read(path)
+    assert list(images) == ["small.jpg", "a.jpg"]
+    assert skipped["bomb.jpg"].startswith("packed more tightly than a picture can be (")
+
+
+def test_file_larger_than_it_says_is_refused(tmp_path):
+    path = write_zip(
+        tmp_path / "liar.zip", {"a.jpg": b"A" * 5000}, compression=zipfile.ZIP_DEFLATED
+    )
+    data = path.read_bytes().replace((5000).to_bytes(4, "little"), (50).to_bytes(4, "little"))
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_archive_that_unpacks_to_hundreds_of_times_its_size_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("input_pipeline.archive.MAX_FILE_BYTES", 2 << 20)
+    files = {f"{i}.jpg": bytes(1 << 20) for i in range(4)}
+    if kind == "zip":
+        path = write_zip(tmp_path / "bomb.zip", files, compression=zipfile.ZIP_DEFLATED)
+    else:
+        path = write_tar(tmp_path / "bomb.tgz", files, mode="w:gz")
+    with pytest.raises(ValueError, match="refused as a decompression bomb") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+    assert len(read(write_tar(tmp_path / "plain.tar", files))[0]) == 4

@@ -127,10 +127,11 @@ def test_attribute_accuracy_leaves_unknown_labels_out():
     p = {"gender": np.eye(2)[[1, 1, 1, 0]], "race": np.eye(5)[[0, 0, 0, 0]]}
     labels = {"gender": np.array([0, 0, 1, -1]), "race": np.full(4, -1)}
     train = {"gender": np.array([0, 0, 1, -1, -1, -1]), "race": np.full(6, -1)}
-    gender, race = evaluate.attribute_table(p, labels, train)
+    (gender,) = evaluate.attribute_table(p, labels, train)
     assert (gender["support"], gender["accuracy"]) == (3, pytest.approx(1 / 3))
     assert gender["constant"] == pytest.approx(2 / 3)
-    assert race == {"attribute": "race", "support": 0, "accuracy": None, "constant": None}
+    labels["gender"] = np.full(4, -1)
+    assert evaluate.attribute_table(p, labels, train) == []
 
 
 @pytest.mark.parametrize(
@@ -213,6 +214,17 @@ def test_run_writes_all_files_with_a_row_for_each_image(joined, tmp_path, capsys
     assert 'src="data:image/png' in (folder / "report.html").read_text()
     assert "| gender" in (folder / "report.md").read_text()
     assert f"MAE {result['mae']:.2f}" in capsys.readouterr().out
+
+
+def test_report_without_gender_and_race_shows_no_table_of_them(joined, tmp_path):
+    joined.model.has_attributes = True
+    joined.model.attributes = None  # would raise
+    for faces in joined.faces.values():
+        faces.labels.update(gender=np.full(len(faces), -1), race=np.full(len(faces), -1))
+    result = evaluate.run(tmp_path / "run", "data")
+    assert "attributes" not in result
+    page = (tmp_path / "run" / "evaluate" / "test" / "report.md").read_text()
+    assert "| gender" not in page and "auxiliary heads" not in page
 
 
 def test_pretraining_run_and_empty_split_are_refused(joined, tmp_path, monkeypatch):

@@ -183,7 +183,18 @@ def test_closed_iterator_says_so(faces):
         next(iterator)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_four_processes_see_every_image_of_an_epoch_once(faces):
+    """Each stretch of 4 x 7 images is read by four processes, and an epoch of 42 by all of them."""
+    shares = [
+        take(train_loader(faces, **options(batch_size=7, process_index=p, process_count=4)), 3)
+        for p in range(4)
+    ]
+    steps = [indices([share[step] for share in shares]) for step in range(3)]
+    assert all(len(set(step.tolist())) == 28 for step in steps[:1])
+    np.testing.assert_array_equal(np.sort(np.concatenate(steps)), np.repeat(np.arange(42), 2))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch_size", [5, 7, 42])
 def test_evaluation_sees_every_row_once_in_order_and_pads_the_end(faces, processes, batch_size):
     parts = [
@@ -227,7 +238,9 @@ def test_unknown_names_list_the_known_ones(folder, tmp_path):
     known = "it has test, train, validation; did you mean validation\\?"
     with pytest.raises(ValueError, match=f"unknown split 'valdation' .*{known}"):
         open_split(folder, "valdation")
-    with pytest.raises(ValueError, match="unknown splits 'other': .* has default; a CSV"):
+    with pytest.raises(
+        ValueError, match="unknown splits 'other': .* has 80_10_10, default, fold0, .*; a CSV"
+    ):
         open_split(folder, "train", splits="other")
     with pytest.raises(FileNotFoundError, match="prepare it first"):
         open_split(tmp_path, "train")

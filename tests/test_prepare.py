@@ -144,9 +144,10 @@ def test_duplicates_with_other_ages_are_counted_and_kept_together(kaggle):
     assert (info["conflicting_age_groups"], info["straddling_groups"]) == (1, 0)
     labels = read_labels(root / "utkface")
     where = read_splits(root / "utkface" / "splits" / "default.csv")
+    assert all(row.pixel_hash for row in where.values())
     assert sorted(where) == sorted(labels["file"])
     twice = [i for i, key in enumerate(labels["pixel_hash"]) if labels["pixel_hash"].count(key) > 1]
-    assert len({where[labels["file"][i]] for i in twice}) == 1
+    assert len({where[labels["file"][i]].split for i in twice}) == 1
     assert {labels["age"][i] for i in twice} == {0, 70}
 
 
@@ -163,6 +164,20 @@ def test_label_rows_are_the_records_in_order_with_their_original_bytes(kaggle):
         assert record["age"] == labels["age"][i] == int(file.split("/")[-1].split("_")[0])
         assert labels["pixel_hash"][i] == pixel_hash(decode_checked(record["image"]))
         assert labels["height"][i] == labels["width"][i] == 48
+
+
+def test_crop_and_the_photo_it_was_cut_from_stay_together(tmp_path):
+    crops = {f"UTKFace/{name(i * 3 % 18, i % 2, i % 5, i)}": jpeg(i) for i in range(30)}
+    photos = {
+        path.replace("UTKFace", "part1").replace(".chip.jpg", ""): jpeg(100 + i, size=64)
+        for i, path in enumerate(crops)
+    }
+    info = quiet(write_zip(tmp_path / "both.zip", crops | photos), tmp_path)
+    assert info["kept"] == 60 and info["near_groups"] == 30
+    for path in (tmp_path / "utkface" / "splits").glob("*.csv"):
+        where = {file: row.split for file, row in read_splits(path).items()}
+        for crop in map(os.path.basename, crops):
+            assert where[crop] == where[crop.replace(".chip.jpg", "")]
 
 
 def test_summary_names_every_count(kaggle):
@@ -258,7 +273,7 @@ def test_failure_leaves_nothing_behind(tmp_path):
     source = write_tar(tmp_path / "faces.tar", faces(12))
     source.write_bytes(source.read_bytes()[:9000])
     with pytest.raises(ValueError, match="cut short"):
-        quiet(source, tmp_path / "data")
+        quiet(source, tmp_path / "data", layout="utkface")
     assert os.listdir(tmp_path / "data") == []
 
 
@@ -279,8 +294,8 @@ def test_folder_of_other_files_is_never_replaced(tmp_path):
         ({}, "holds no images \\(0 other files\\)"),
         (
             {f"photos/img{i}.jpg": jpeg(i) for i in range(5)},
-            "has 5 images but none with a UTKFace name: found photos/img0.jpg, photos/img1.jpg, "
-            "photos/img2.jpg; expected \\[age\\]_",
+            "the ages of its 5 or more images were not found: not in names such as "
+            "photos/img0.jpg, photos/img1.jpg, photos/img2.jpg, .*--labels",
         ),
         ({name(20, 0, 0, 0): jpeg(0)[:-9]}, "none of 1 images can be used; 1 of them: image cut"),
     ],

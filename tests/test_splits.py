@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from input_pipeline.splits import (
+    SplitRow,
     assign_splits,
     fingerprint,
+    match_splits,
     read_splits,
     straddling_groups,
     write_splits,
@@ -71,7 +73,7 @@ def test_other_fractions_and_wrong_ones(images):
     assert abs(halves["a"] - halves["b"]) <= 2
     with pytest.raises(ValueError, match="sum to 1"):
         assign_splits(hashes, ages, fractions=(("a", 0.5), ("b", 0.6)))
-    with pytest.raises(ValueError, match="3000 hashes but 2 ages"):
+    with pytest.raises(ValueError, match="3000 groups but 2 ages"):
         assign_splits(hashes, ages[:2])
 
 
@@ -79,7 +81,25 @@ def test_written_splits_are_read_back(tmp_path):
     path = tmp_path / "default.csv"
     files = ["b, with comma.jpg", "a .jpg"]
     write_splits(path, files, ["2", "1"], ["train", "test"])
-    assert read_splits(path) == {"a .jpg": "test", "b, with comma.jpg": "train"}
+    assert read_splits(path) == {"a .jpg": ("test", "1"), "b, with comma.jpg": ("train", "2")}
+    write_splits(path, files, ["2", "1"], ["train", ""])  # in no split
+    assert read_splits(path) == {"b, with comma.jpg": ("train", "2")}
+
+
+def test_rows_are_matched_by_name_and_checked_by_hash():
+    rows = {
+        "here.jpg": SplitRow("train", ""),
+        "folder/bare.jpg": SplitRow("test", "h1"),
+        "changed.jpg": SplitRow("test", "another"),
+        "gone.jpg": SplitRow("test", ""),
+        "12_SomeBody_40_f.jpg": SplitRow("train", ""),  # listed here without the person's name
+        "a/twice.jpg": SplitRow("train", ""),
+        "b/twice.jpg": SplitRow("test", ""),
+    }
+    files = ["here.jpg", "bare.jpg", "changed.jpg", "12_40_f.jpg", "twice.jpg", "b/twice.jpg", "x"]
+    splits, counts = match_splits(files, ["h0", "h1", "h2", "h3", "h4", "h5", "h6"], rows)
+    assert splits == ["train", "test", "", "train", "", "test", ""]
+    assert counts == {"rows": 7, "missing": 1, "changed": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""TFDS builder of AgeDB (Moschoglou et al., CVPR Workshops 2017)."""

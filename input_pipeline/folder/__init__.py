@@ -1,0 +1,1 @@
+"""TFDS builder of pictures in folders, or with a table of labels."""

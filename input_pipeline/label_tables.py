@@ -1,0 +1,184 @@
+"""Labels in CSV tables: a row per picture, with its path and age and whatever else is known.
+
+APPA-REAL (Agustsson et al., FG 2017) comes with such tables (`gt_avg_train.csv`, `_valid`,
+`_test`), and with two pictures a row: the photo `train/000000.jpg` and its crop
+`train/000000.jpg_face.jpg`.
+"""
+
+import csv
+import io
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from input_pipeline.names import FaceLabel, bare_name, checked_age, person_id
+
+COLUMNS = {
+    "path": ("path", "file", "file_name", "filename", "file_path", "filepath", "image",
+             "image_path", "img_path", "img", "img_name", "image_name"),
+    "age": ("age", "real_age", "age_years", "apparent_age_avg"),
+    "gender": ("gender", "sex"),
+    "race": ("race", "ethnicity"),
+    "identity": ("identity", "person", "person_id", "subject", "subject_id", "identity_id"),
+    "split": ("split", "subset", "partition"),
+}  # fmt: skip
+_GENDERS = {"0": 0, "m": 0, "male": 0, "man": 0, "1": 1, "f": 1, "female": 1, "woman": 1}
+_RACES = {"white": 0, "black": 1, "asian": 2, "indian": 3, "other": 4, "others": 4}
+_RACES |= {str(race): race for race in range(5)}
+_UNKNOWN = ("", "-1", "-", "?", "na", "n/a", "nan", "none", "null", "unknown")
+_SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
+_SPLITS |= {"training": "train", "testing": "test"}
+APPA_REAL_TABLES = ("gt_avg_train.csv", "gt_avg_valid.csv", "gt_avg_test.csv")
+_CROP = "_face.jpg"
+
+
+class _Row(NamedTuple):
+    path: str
+    label: FaceLabel | str  # or why there is none
+    split: str
+
+
+class LabelTable:
+    """The rows of one or several tables; called with a picture's path it gives the labels.
+
+    A row belongs to a picture when one of the two paths is the end of the other, folder by folder.
+    unknown: how often each value of gender or race was not understood and taken as unknown.
+    """
+
+    def __init__(self, rows: Iterable[_Row], *, unknown: Mapping[str, int], crops: bool = False):
+        """`crops`: the tables name photos, but their crops (`_face.jpg`) are what is wanted."""
+        self._rows: dict[str, list[_Row]] = defaultdict(list)
+        for row in rows:
+            self._rows[bare_name(row.path)].append(row)
+        self.unknown, self._crops = dict(unknown), crops
+
+    def __call__(self, path: str) -> FaceLabel:
+        """Returns the labels of the picture; raises ValueError with the reason."""
+        if self._crops and not path.endswith(_CROP):
+            raise ValueError("whole photo: its face crop is taken instead")
+        rows = self._find(path)
+        if not rows:
+            raise ValueError("not in the label table")
+        labels = list(dict.fromkeys(row.label for row in rows))
+        if len(labels) > 1:
+            raise ValueError("the label table says two things of it")
+        if isinstance(labels[0], str):
+            raise ValueError(labels[0])
+        return labels[0]
+
+    def split_of(self, path: str) -> str:
+        """Returns the split that the table names for a picture, or ''."""
+        return next((row.split for row in self._find(path) if row.split), "")
+
+    def without_picture(self, paths: Iterable[str]) -> list[str]:
+        """Returns the paths of rows for which there is no picture of that name."""
+        names = {bare_name(path).removesuffix(_CROP if self._crops else "") for path in paths}
+        return [row.path for name, rows in self._rows.items() if name not in names for row in rows]
+
+    def _find(self, path: str) -> list[_Row]:
+        if self._crops:
+            path = path.removesuffix(_CROP)
+        rows = self._rows.get(bare_name(path), [])
+        return [row for row in rows if _is_end(row.path, path) or _is_end(path, row.path)]
+
+
+def read_label_tables(
+    tables: Mapping[str, bytes],
+    *,
+    age_column: str = "",
+    crops: bool = False,
+    splits_by_name: bool = False,
+) -> LabelTable:
+    """Returns the table that joins these CSV files, {name: content}.
+
+    Separators are commas, semicolons or tabs. Columns are known by usual names (`COLUMNS`); path
+    and age must be there. Ages are rounded to whole years; genders are 0, m, male or 1, f, female;
+    races 0-4 or UTKFace's words; whatever else is unknown, -1. `age_column` chooses another age,
+    `crops` is as in LabelTable, and with `splits_by_name` a table called `…_train.csv` says the
+    split of its rows. Raises ValueError where a table has no rows or lacks a column.
+    """
+    rows, unknown = [], Counter()
+    for name, content in tables.items():
+        reader = _reader(content)
+        columns = _columns(name, reader.fieldnames or (), age_column)
+        split = bare_name(name).removesuffix(".csv").split("_")[-1] if splits_by_name else ""
+        before = len(rows)
+        rows += [_row(row, columns, unknown, split) for row in reader if any(row.values())]
+        if len(rows) == before:
+            raise ValueError(f"label table {name} has no rows")
+    return LabelTable(rows, unknown=unknown, crops=crops)
+
+
+def is_label_table(content: bytes) -> bool:
+    """Whether a CSV file has the columns that a label table needs."""
+    try:
+        _columns("", _reader(content).fieldnames or (), "")
+    except (ValueError, csv.Error):
+        return False
+    return True
+
+
+def _reader(content: bytes) -> csv.DictReader:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    head = text.partition("\n")[0]
+    separator = max(",;\t", key=head.count)
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+
+
+def _columns(name: str, found: Sequence[str], age_column: str) -> dict[str, str]:
+    """Returns {what: column}; raises ValueError where path or age is missing."""
+    plain = {(column or "").strip().lower().replace(" ", "_"): column for column in found}
+    columns = {}
+    for what, usual in COLUMNS.items():
+        if column := next((plain[u] for u in usual if u in plain), None):
+            columns[what] = column
+    if age_column:
+        columns.pop("age", None)
+        if age_column in found:
+            columns["age"] = age_column
+    if missing := [what for what in ("path", "age") if what not in columns]:
+        wanted = {"path": "file or path", "age": age_column or "age"}
+        raise ValueError(
+            f"label table {name} has the columns {', '.join(plain) or '(none)'}, but needs "
+            f"{' and '.join(wanted[what] for what in missing)}"
+        )
+    return columns
+
+
+def _row(row: Mapping, columns: Mapping[str, str], unknown: Counter, split: str) -> _Row:
+    value = {what: (row[column] or "").strip() for what, column in columns.items()}
+    split = value.get("split", "").lower() or split
+    codes = {}
+    for what, known in (("gender", _GENDERS), ("race", _RACES)):
+        word = value.get(what, "").lower().removesuffix(".0")
+        codes[what] = known.get(word, -1)
+        if word not in known and word not in _UNKNOWN:
+            unknown[f"{what} {word[:20]!r}"] += 1
+    person = value.get("identity", "")
+    try:
+        label = FaceLabel(
+            _whole_years(value["age"]),
+            **codes,
+            identity="" if person.lower() in _UNKNOWN else person_id(person),
+        )
+    except ValueError as error:
+        label = str(error)
+    return _Row(value["path"].replace("\\", "/"), label, _SPLITS.get(split, split))
+
+
+def _whole_years(text: str) -> int:
+    try:
+        age = float(text)
+    except ValueError:
+        age = math.nan
+    if not math.isfinite(age):
+        raise ValueError(f"age in the label table is no number ({text[:20]})")
+    return checked_age(math.floor(age + 0.5))
+
+
+def _is_end(end: str, path: str) -> bool:
+    return path == end or path.endswith(f"/{end.removeprefix('./').lstrip('/')}")

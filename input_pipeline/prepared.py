@@ -1,0 +1,41 @@
+"""What a prepared folder holds, read back."""
+
+import csv
+import json
+from pathlib import Path
+
+LABEL_COLUMNS = (
+    "file", "age", "gender", "race", "identity", "pixel_hash", "perceptual_hash", "height", "width"
+)  # fmt: skip
+_TEXT = {"file", "identity", "pixel_hash", "perceptual_hash"}
+
+
+def read_labels(folder: str | Path) -> dict[str, list]:
+    """Returns the columns of labels.csv as lists, in record order; numbers are ints.
+
+    Raises FileNotFoundError when the folder was not prepared, ValueError when by another version.
+    """
+    path = Path(folder) / "labels.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no prepared data ({path.name}): prepare it first")
+    with path.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    if rows and (missing := set(LABEL_COLUMNS) - rows[0].keys()):
+        raise ValueError(
+            f"{folder} was prepared by another version (no {', '.join(sorted(missing))} in "
+            "labels.csv): prepare it again"
+        )
+    return {c: [row[c] if c in _TEXT else int(row[c]) for row in rows] for c in LABEL_COLUMNS}
+
+
+def read_transform_id(folder: str | Path) -> str:
+    """Returns what was done to the pictures of a prepared folder ('' for nothing)."""
+    return json.loads((Path(folder) / "prepare.json").read_text()).get("transform_id", "")
+
+
+def records_folder(folder: str | Path) -> Path:
+    """Returns the folder of TFDS files inside a prepared folder; raises FileNotFoundError."""
+    found = sorted(Path(folder).glob("tfds/*/*/dataset_info.json"))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no prepared data (tfds/): prepare it first")
+    return found[-1].parent
