@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,16 +19,18 @@ from coatnet_jax.pages import percent, write_csv, write_report
 from coatnet_jax.plots import GENDER_NAMES, RACE_NAMES
 from coatnet_jax.report import LOCAL
 from coatnet_jax.terms import data_terms
+from input_pipeline.groups import copy_groups, members
 from input_pipeline.images import decode_rgb
 from input_pipeline.pipeline import Faces
 from input_pipeline.prepare import read_labels
-from input_pipeline.splits import read_splits
+from input_pipeline.splits import match_splits, read_splits
 
 BANDS = ((0, 2), (3, 9), (10, 17), (18, 29), (30, 40), (41, 50), (51, 60), (61, 75), (76, 116))
 SAMPLES = 8  # pictures of each age band
 ON_SHEET = 24  # pictures of each kind of outlier
 SHARPNESS_SIDE = 256  # px; larger pictures are shrunk to it before their sharpness is measured
 SHARE_BLURRED = 0.01
+LABELS = ("age", "gender", "race")
 
 Table = dict[str, np.ndarray]  # a column of labels.csv each, and 'sharpness'
 
@@ -49,8 +51,8 @@ def run(folder: str | Path, *, out: str | Path | None = None) -> Path:
     table = {name: np.array(column) for name, column in read_labels(folder).items()}
     faces = Faces(folder, "all", table, np.arange(len(table["file"])), fingerprint="")
     table["sharpness"] = measure_sharpness(faces)
-    splits = split_columns(folder, table["file"])
-    copies = copies_of(table["pixel_hash"])
+    splits = split_columns(folder, table)
+    copies = members(copy_groups(table["pixel_hash"], table["perceptual_hash"]))
     write_csv(out / "labels.csv", label_rows(table, splits, copies))
     account = json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
     figures = out / "figures"
@@ -113,22 +115,12 @@ def sharpness(image: UInt8[np.ndarray, "h w 3"]) -> float:
     return float(cv2.Laplacian(grey, cv2.CV_32F).var())
 
 
-def split_columns(folder: Path, files: Sequence[str]) -> dict[str, list[str]]:
+def split_columns(folder: Path, table: Table) -> dict[str, list[str]]:
     """{split file: split of every picture}, '' for those that it does not name."""
-    columns = {}
-    for path in sorted((folder / "splits").glob("*.csv")):
-        where = read_splits(path)
-        bare = {Path(file).name: split for file, split in where.items()}
-        columns[path.stem] = [where.get(file) or bare.get(file, "") for file in files]
-    return columns
-
-
-def copies_of(hashes: Sequence[str]) -> list[list[int]]:
-    """The rows of each group of pixel-identical pictures, groups of one left out."""
-    rows = defaultdict(list)
-    for row, key in enumerate(hashes):
-        rows[key].append(row)
-    return [group for group in rows.values() if len(group) > 1]
+    return {
+        path.stem: match_splits(table["file"], table["pixel_hash"], read_splits(path))[0]
+        for path in sorted((folder / "splits").glob("*.csv"))
+    }
 
 
 def label_rows(
@@ -313,32 +305,56 @@ def copy_blocks(
     splits: Mapping[str, Sequence[str]],
     figures: Path,
 ) -> list[dict[str, Any]]:
-    """How many pictures are identical, and the groups that disagree, widest in age first."""
-    labels, keys = faces.labels, ("age", "gender", "race")
+    """How many pictures are there twice, and the groups that disagree, widest in age first."""
     if not copies:
-        return [{"text": "No two pictures are pixel-identical."}]
-    differ = {key: [g for g in copies if np.ptp(labels[key][g])] for key in keys}
-    text = (
-        f"{sum(map(len, copies)):,} pictures are pixel-identical to another one, in "
-        f"{len(copies):,} groups. The age differs in {len(differ['age']):,} groups, the gender in "
-        f"{len(differ['gender']):,}, the race in {len(differ['race']):,}. {_parted(copies, splits)}"
-    )
-    groups = [g for g in copies if any(g in found for found in differ.values())]
-    if not groups:
-        return [{"text": text}]
-    groups.sort(key=lambda g: -int(np.ptp(labels["age"][g])))
+        return [{"text": "No picture is there twice."}]
+    labels = faces.labels
+    same = [g for g in copies if len(set(labels["pixel_hash"][g].tolist())) == 1]
+    near = [g for g in copies if len(set(labels["pixel_hash"][g].tolist())) > 1]
+    blocks = [{"text": _parted(copies, splits)}]
+    for groups, what in ((same, "pixel-identical"), (near, "one photo in other pixels")):
+        differ = [
+            f"the {key} in {sum(np.ptp(labels[key][g]) > 0 for g in groups):,}" for key in LABELS
+        ]
+        text = (
+            f"**{len(groups):,} groups of {sum(map(len, groups)):,} pictures are {what}**; labels "
+            f"differ: {', '.join(differ)}."
+        )
+        blocks.append({"text": text})
+        groups = [g for g in groups if any(np.ptp(labels[key][g]) for key in LABELS)]
+        groups.sort(key=lambda g: -int(np.ptp(labels["age"][g])))
+        if groups and groups[0] in same:
+            blocks.append(_same_sheet(faces, groups, figures / "copies.png"))
+        elif groups:
+            blocks.append(_near_sheet(faces, groups, figures / "near_copies.png"))
+    return blocks
+
+
+def _same_sheet(faces: Faces, groups: Sequence[Sequence[int]], path: Path) -> dict[str, Any]:
+    """One picture for each group, with the labels of each copy."""
     shown = groups[:ON_SHEET]
-    tiles = [
-        (picture, _copy_texts(labels, group))
-        for group, picture in zip(shown, _pictures(faces, [g[0] for g in shown]), strict=True)
-    ]
-    sheet = draw.captioned_sheet(figures / "copies.png", tiles)
-    most = "all" if len(shown) == len(groups) else "those whose ages differ most"
-    caption = (
+    pictures = _pictures(faces, [group[0] for group in shown])
+    texts = [_copy_texts(faces.labels, group) for group in shown]
+    sheet = draw.captioned_sheet(path, list(zip(pictures, texts, strict=True)))
+    return _figure(
+        sheet,
         f"Identical pictures with different labels, a line for each copy: {len(shown)} of "
-        f"{len(groups)} groups, {most}"
+        f"{len(groups)} groups, those whose ages differ most",
     )
-    return [{"text": text}, _figure(sheet, caption)]
+
+
+def _near_sheet(faces: Faces, groups: Sequence[Sequence[int]], path: Path) -> dict[str, Any]:
+    """The youngest and the oldest of each group side by side, with their labels."""
+    labels, age, shown = faces.labels, faces.labels["age"], groups[: ON_SHEET // 2]
+    pairs = [(min(g, key=lambda i: age[i]), max(g, key=lambda i: (age[i], i))) for g in shown]
+    rows = [row for pair in pairs for row in pair]
+    texts = [[_labels_of(labels, row), f"#{row}"] for row in rows]
+    sheet = draw.captioned_sheet(path, list(zip(_pictures(faces, rows), texts, strict=True)))
+    return _figure(
+        sheet,
+        f"Pairs of one photo in other pixels with different labels: {len(shown)} of {len(groups)} "
+        "groups, those whose ages differ most",
+    )
 
 
 def _parted(copies: Sequence[Sequence[int]], splits: Mapping[str, Sequence[str]]) -> str:
@@ -347,7 +363,8 @@ def _parted(copies: Sequence[Sequence[int]], splits: Mapping[str, Sequence[str]]
         name: sum(len({column[row] for row in group} - {""}) > 1 for group in copies)
         for name, column in splits.items()
     }
-    return " ".join(f"{n:,} groups lie in two splits of `{name}`." for name, n in parted.items())
+    counts = ", ".join(f"{n:,} of `{name}`" for name, n in parted.items())
+    return f"Copies, identical or near, lie in two splits: groups {counts}."
 
 
 def _copy_texts(labels: Table, group: Sequence[int]) -> list[str]:

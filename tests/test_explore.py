@@ -16,12 +16,12 @@ from input_pipeline.prepare import prepare, read_labels
 
 
 def write_set(root, faces, *, name="set"):
-    """A prepared set of flat pictures: {file name: (shade, side)}; equal ones are copies."""
+    """A prepared set of random patches: {file name: (seed, side)}; equal ones are copies."""
     folder = root / "pictures"
     folder.mkdir()
-    for file, (shade, side) in faces.items():
-        image = np.full((side, side + 2, 3), shade, np.uint8)
-        image[: side // 2] //= 2
+    for file, (seed, side) in faces.items():
+        patches = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), np.uint8)
+        image = cv2.resize(patches, (side + 2, side), interpolation=cv2.INTER_NEAREST)
         cv2.imwrite(str(folder / file), image)
     prepare([str(folder)], root, name=name, progress=None)
     return root / name
@@ -81,10 +81,10 @@ def test_blurred_and_enlarged_pictures_are_less_sharp():
 
 
 def test_five_pictures_of_one_class_without_gender_and_race(tmp_path, capsys):
-    faces = {f"3{i}___2017011{i}123456789.png": (40 * i + 20, 20 + i) for i in range(5)}
+    faces = {f"3{i}___2017011{i}123456789.png": (i, 20 + i) for i in range(5)}
     page = explore.run(write_set(tmp_path, faces), out=tmp_path / "out")
     text = page.read_text()
-    assert "Neither gender nor race is known" in text and "No two pictures" in text
+    assert "Neither gender nor race is known" in text and "No picture is there twice" in text
     assert "so do not publish it" in text and "The 5 smallest pictures" in text
     weights = dict(re.findall(r"<tr><td>([^<]*)</td>.*?([\d.–]+)</td></tr>", text))
     assert weights["18-40"] == "1.00" and weights["&gt;60"] == weights["41-60"] == "–"
@@ -94,26 +94,34 @@ def test_five_pictures_of_one_class_without_gender_and_race(tmp_path, capsys):
 
 def test_copies_that_disagree_are_shown_with_their_labels(tmp_path):
     faces = {
-        "20_0_0_20170101000000001.png": (50, 30),
-        "61_1_2_20170101000000002.png": (50, 30),
-        "30_0_0_20170101000000003.png": (90, 30),
-        "30_0_0_20170101000000004.png": (90, 30),
-        "40_1_1_20170101000000005.png": (200, 30),
+        "20_0_0_20170101000000001.png": (1, 36),
+        "61_1_2_20170101000000002.png": (1, 36),
+        "30_0_0_20170101000000003.png": (2, 36),
+        "30_0_0_20170101000000004.png": (2, 36),
+        "40_1_1_20170101000000005.png": (3, 36),
+        "44_1_1_20170101000000006.png": (3, 72),
     }
     folder = write_set(tmp_path, faces)
     (folder / "splits/torn.csv").write_text(
         "file,split\n" + "".join(f"{name},s{i % 2}\n" for i, name in enumerate(faces))
     )
     text = explore.run(folder, out=tmp_path / "out").read_text()
-    assert "4 pictures are pixel-identical to another one, in 2 groups" in text
-    assert "The age differs in 1 groups, the gender in 1, the race in 1" in text
-    assert "0 groups lie in two splits of <code>default</code>" in text
-    assert "2 groups lie in two splits of <code>torn</code>" in text
-    assert "1 of 1 groups, all" in text and "<td>torn</td>" in text
+    identical, near = re.findall(r"<p><strong>(.*?)</p>", text)[-2:]
+    assert identical == (
+        "2 groups of 4 pictures are pixel-identical</strong>; labels differ: the age in 1, "
+        "the gender in 1, the race in 1."
+    )
+    assert near == (
+        "1 groups of 2 pictures are one photo in other pixels</strong>; labels differ: the age in "
+        "1, the gender in 0, the race in 0."
+    )
+    assert "0 of <code>default</code>" in text and "3 of <code>torn</code>" in text
+    assert text.count("1 of 1 groups, those whose ages differ most") == 4  # captions and alt texts
+    copies = [row["copies"] for row in read_rows(tmp_path / "out/labels.csv")]
+    assert copies == ["2"] * 6
     labels = {key: np.array(column) for key, column in read_labels(folder).items()}
-    (pair,) = [g for g in explore.copies_of(labels["pixel_hash"]) if np.ptp(labels["age"][g])]
+    pair = np.flatnonzero(np.isin(labels["age"], [20, 61]))
     assert sorted(explore._copy_texts(labels, pair)) == ["20 y m White", "61 y f Asian"]
-    assert [row["copies"] for row in read_rows(tmp_path / "out/labels.csv")].count("2") == 4
 
 
 def test_where_nothing_was_prepared_one_line_says_so(drawn_root, tmp_path, capsys):
