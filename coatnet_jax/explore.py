@@ -119,7 +119,9 @@ def split_columns(folder: Path, table: Table) -> dict[str, list[str]]:
     """{split file: split of every picture}, '' for those that it does not name."""
     return {
         path.stem: match_splits(table["file"], table["pixel_hash"], read_splits(path))[0]
-        for path in sorted((folder / "splits").glob("*.csv"))
+        for path in sorted(
+            (folder / "splits").glob("*.csv"), key=lambda path: (path.stem != "default", path.stem)
+        )
     }
 
 
@@ -312,7 +314,10 @@ def copy_blocks(
     same = [g for g in copies if len(set(labels["pixel_hash"][g].tolist())) == 1]
     near = [g for g in copies if len(set(labels["pixel_hash"][g].tolist())) > 1]
     blocks = [{"text": _parted(copies, splits)}]
-    for groups, what in ((same, "pixel-identical"), (near, "one photo in other pixels")):
+    for groups, what in (
+        (same, "pixel-identical"),
+        (near, "one photo, not all of the same pixels"),
+    ):
         differ = [
             f"the {key} in {sum(np.ptp(labels[key][g]) > 0 for g in groups):,}" for key in LABELS
         ]
@@ -363,8 +368,10 @@ def _parted(copies: Sequence[Sequence[int]], splits: Mapping[str, Sequence[str]]
         name: sum(len({column[row] for row in group} - {""}) > 1 for group in copies)
         for name, column in splits.items()
     }
-    counts = ", ".join(f"{n:,} of `{name}`" for name, n in parted.items())
-    return f"Copies, identical or near, lie in two splits: groups {counts}."
+    whole = ", ".join(f"`{name}`" for name, n in parted.items() if not n)
+    torn = ", ".join(f"{n:,} in `{name}`" for name, n in parted.items() if n)
+    parts = [f"none in {whole}"] * bool(whole) + [torn] * bool(torn)
+    return f"Groups of copies that lie in two splits: {'; '.join(parts)}."
 
 
 def _copy_texts(labels: Table, group: Sequence[int]) -> list[str]:

@@ -112,10 +112,10 @@ def test_copies_that_disagree_are_shown_with_their_labels(tmp_path):
         "the gender in 1, the race in 1."
     )
     assert near == (
-        "1 groups of 2 pictures are one photo in other pixels</strong>; labels differ: the age in "
-        "1, the gender in 0, the race in 0."
+        "1 groups of 2 pictures are one photo, not all of the same pixels</strong>; labels differ: "
+        "the age in 1, the gender in 0, the race in 0."
     )
-    assert "0 of <code>default</code>" in text and "3 of <code>torn</code>" in text
+    assert "none in <code>default</code>" in text and "; 3 in <code>torn</code>" in text
     assert text.count("1 of 1 groups, those whose ages differ most") == 4  # captions and alt texts
     copies = [row["copies"] for row in read_rows(tmp_path / "out/labels.csv")]
     assert copies == ["2"] * 6
