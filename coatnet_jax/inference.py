@@ -23,6 +23,7 @@ from coatnet_jax.models import create_backbone
 from coatnet_jax.optim import first_trained_stage
 from coatnet_jax.sharding import make_mesh, replicate, shard_batch
 from coatnet_jax.train_state import init_variables
+from input_pipeline.face_crops import GEOMETRIES, Geometry
 from input_pipeline.pipeline import Faces, eval_loader
 
 
@@ -151,6 +152,16 @@ class Run:
     def source_size(self) -> int:
         """Side in pixels of the images to hand to `features` and `probabilities`."""
         return self.config.data.image_size
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where eyes and mouth lie in the crops that were trained on; ValueError if unknown."""
+        name = self.config.data.get("crop", "utkface")  # runs of old do not say it
+        if name not in GEOMETRIES:
+            raise ValueError(
+                f"data.crop is {name!r} in {self.run_dir}: known are {', '.join(GEOMETRIES)}"
+            )
+        return GEOMETRIES[name]
 
     def features(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:
         """Features of the backbone."""

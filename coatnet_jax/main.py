@@ -107,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--workdir", required=True, help="folder to write, for config.init_from")
     weights.add_argument("--model", help="which model it is, where the file's name does not say")
 
+    explore = add("explore", _explore, "what is in a prepared set: one page with pictures, a CSV")
+    explore.add_argument("--name", default="utkface", help="name of the set (default: utkface)")
+    explore.add_argument(
+        "--root", default="", help="folder for built data (default: the user's cache)"
+    )
+    explore.add_argument("--out", help="folder for the page (default: explore/NAME)")
+
     for name, text in (
         ("pretrain", "SimCLR pre-training: --config=pretrain:micro --workdir=FOLDER"),
         (
@@ -133,10 +140,15 @@ def _parser() -> argparse.ArgumentParser:
         "--no-flip", action="store_true", help="do not average with the mirror image"
     )
 
-    predict = add("predict", _predict, "ages of face crops: a table, a CSV and annotated pictures")
+    predict = add("predict", _predict, "ages of the faces in photos: a table, a CSV, pictures")
     predict.add_argument("run_dir", help="workdir of a fine-tuning run")
     predict.add_argument("inputs", nargs="+", help="pictures or folders")
     predict.add_argument("--out", help="folder for the results (default: predictions)")
+    predict.add_argument(
+        "--no-detect",
+        action="store_true",
+        help="the pictures are face crops already: take each one whole",
+    )
 
     models = add("models", _models, "the backbones: size, multiply-adds, feature width, source")
     models.add_argument("names", nargs="*", metavar="NAME", help="backbones (default: all)")
@@ -167,6 +179,12 @@ def _add_prepare_arguments(prepare: argparse.ArgumentParser) -> None:
         metavar="YEARS",
         help="leave out copies of one picture whose ages lie further apart",
     )
+    add(
+        "--crop-faces",
+        action="store_true",
+        help="the pictures are photos: cut out the face, leave out those without exactly one",
+    )
+    add("--preprocess", default="", metavar="STEPS", help="done once: unsharp, denoise, or both")
     add("--beam", default="", metavar="RUNNER", help="build with Apache Beam: DirectRunner, …")
     add("--beam-option", action="append", default=[], metavar="--KEY=VALUE", help="for the runner")
 
@@ -189,6 +207,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from coatnet_jax.paths import data_folder
     from input_pipeline.prepare import prepare
 
+    transform = _preprocess(arguments)
     info = prepare(
         arguments.source,
         data_folder("", arguments.root),
@@ -200,6 +219,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         drop_conflicts=arguments.drop_conflicts,
         beam_runner=arguments.beam,
         beam_options=arguments.beam_option,
+        transform=transform,
+        transform_id=transform.id if transform else "",
     )
     if info["name"] != "utkface":
         print(f"train on it with --config.data.name={info['name']}")
@@ -209,6 +230,24 @@ def _import_timm(arguments: argparse.Namespace) -> None:
     from coatnet_jax.pretrained import run
 
     run(arguments.source, Path(arguments.workdir), model=arguments.model)
+
+
+def _preprocess(arguments: argparse.Namespace):
+    """What is to be done to each picture at build time, None for nothing."""
+    from input_pipeline.preprocess import Preprocess, parse_steps
+
+    steps = parse_steps(arguments.preprocess)
+    if not steps and not arguments.crop_faces:
+        return None
+    find = _detector("without --crop-faces pictures stay whole") if arguments.crop_faces else None
+    return Preprocess(steps, find)
+
+
+def _explore(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.explore import run
+    from coatnet_jax.paths import data_folder
+
+    run(data_folder(arguments.name, arguments.root), out=arguments.out)
 
 
 def _run_data(arguments: argparse.Namespace) -> Path:
@@ -249,7 +288,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     from coatnet_jax.predict import run
 
-    run(Path(arguments.run_dir), arguments.inputs, out=arguments.out)
+    find = None if arguments.no_detect else _detector("--no-detect takes face crops as they are")
+    run(Path(arguments.run_dir), arguments.inputs, find=find, out=arguments.out)
+
+
+def _detector(otherwise: str):
+    """The face detector; where its weights are missing, the error also says what to do without."""
+    from input_pipeline.face_crops import Detector
+
+    try:
+        return Detector()
+    except ValueError as error:
+        raise ValueError(f"{error}; {otherwise}") from None
 
 
 def _models(arguments: argparse.Namespace) -> None:

@@ -63,8 +63,9 @@ def write_report(
     """Write `<name>.html` and `<name>.md` under `out_dir`; give back both paths.
 
     A section is `{'title': …, 'blocks': […]}` and a block one of `{'text': paragraph}`,
-    `{'table': [row dict, …], 'note': …}`, `{'figure': path, 'caption': …}` and
-    `{'code': lines, 'summary': …}` (with a summary it is folded). Texts know `code` and **bold**.
+    `{'table': [row dict, …], 'note': …}`, `{'figure': path, 'caption': …, 'wide': True}` and
+    `{'code': lines, 'summary': …}` (with a summary it is folded). A wide figure keeps its size on
+    a phone and scrolls; flat ones do so unasked. Texts know `code` and **bold**.
     Pictures are put into the HTML; the Markdown links to them relative to `out_dir`. A section
     without blocks is left out. Raises FileNotFoundError for a missing picture, ValueError for
     an unknown block.
@@ -177,7 +178,9 @@ def _html_block(block: Mapping[str, Any]) -> str:
         note = f'<p class="note">{_html_text(block["note"])}</p>' if block.get("note") else ""
         return _html_table(block["table"]) + note
     if "figure" in block:
-        return _html_figure(Path(block["figure"]), block.get("caption", ""))
+        return _html_figure(
+            Path(block["figure"]), block.get("caption", ""), wide=block.get("wide", False)
+        )
     if "code" in block:
         code = f"<pre><code>{html.escape(block['code'])}</code></pre>"
         if not block.get("summary"):
@@ -213,16 +216,16 @@ def _html_table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _html_figure(path: Path, caption: str) -> str:
+def _html_figure(path: Path, caption: str, *, wide: bool) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"picture {path} of the report is missing")
     kind, data, width, height = _picture(path)
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     # A wide picture would be unreadable at a phone's width: there it scrolls sideways.
-    wide = ' class="wide"' if width > 1.35 * height else ""
+    kept = ' class="wide"' if wide or width > 1.35 * height else ""
     note = f"<figcaption>{_html_text(caption)}</figcaption>" if caption else ""
     return (
-        f'<figure><div class="scroll"><img{wide} src="{source}" width="{width}" height="{height}" '
+        f'<figure><div class="scroll"><img{kept} src="{source}" width="{width}" height="{height}" '
         f'alt="{html.escape(caption, quote=True)}"></div>{note}</figure>'
     )
 

@@ -60,7 +60,7 @@ STYLE = {
 BLUES = LinearSegmentedColormap.from_list("blues", ["#E6F0F8", "#7DB4DA", BLUE, "#043D66"])
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
@@ -150,7 +150,7 @@ def tsne_grid(
             _group_legend(ax, values, names, colours)
         if title:
             figure.suptitle(title, x=0.125, y=0.965, ha="left", fontsize=14, fontweight="bold")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _bare(ax) -> None:
@@ -257,7 +257,7 @@ def confusion(
         ax.spines[:].set_visible(False)
         ax.set(xlabel="predicted class", ylabel="true class")
         ax.set_title(title, pad=10)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def predicted_against_true(
@@ -311,7 +311,7 @@ def predicted_against_true(
         ax.grid(True, linewidth=0.7)
         ax.legend(loc="upper left", fontsize=10)
         ax.set_title(title, pad=10)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _running_quantiles(age, predicted, window):
@@ -388,7 +388,7 @@ def error_by_band(
         )
         ax.grid(axis="y", linewidth=0.7)
         ax.set_title(title, pad=10)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -463,7 +463,7 @@ def training_curves(
             ax.legend(fontsize=9.5)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _curves(rows) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -535,14 +535,14 @@ def annotated(
     draw.text(
         (left, y + 20 * unit),
         f"{math.floor(age + 0.5)} years",
-        font=_font(20 * unit, True),
+        font=label_font(20 * unit, True),
         fill=INK,
         anchor="lm",
     )
     draw.text(
         (side - left, y + 21 * unit),
         f"90 %: {low:.0f}–{high:.0f}",
-        font=_font(13 * unit),
+        font=label_font(13 * unit),
         fill=MUTED,
         anchor="rm",
     )
@@ -560,10 +560,10 @@ def annotated(
             bold=row == chosen,
         )
     if caption:
-        font = _font(11 * unit)
+        font = label_font(11 * unit)
         draw.text(
             (left, y + band - 13 * unit),
-            _shortened(caption, font, side - 2 * left),
+            shortened(caption, font, side - 2 * left),
             font=font,
             fill=MUTED,
             anchor="lm",
@@ -571,10 +571,43 @@ def annotated(
     return np.asarray(sheet)
 
 
+def boxed(
+    image: UInt8[np.ndarray, "h w 3"],
+    faces: Sequence[tuple[Float[np.ndarray, " 4"], str, int]],
+    *,
+    longest: int = 1600,
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The photo with a box and a text at each face: `(x1, y1, x2, y2 in pixels, text, class)`.
+
+    Photos of more than `longest` px are shrunk; small ones are grown until the text can be read.
+    """
+    h, w, _ = image.shape
+    scale = float(np.clip(1, 640 / max(h, w), longest / max(h, w)))
+    size = (max(1, round(w * scale)), max(1, round(h * scale)))
+    sheet = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(sheet)
+    letters = max(sheet.size) / 40
+    for box, text, chosen in faces:
+        x1, y1, x2, y2 = (scale * np.asarray(box, float)).tolist()
+        # The widest text that fits the face, within reason.
+        fits = letters * (x2 - x1) / label_font(letters, True).getlength(text)
+        font = label_font(float(np.clip(fits, 0.7 * letters, letters)), True)
+        colour, thick = CLASS_COLOURS[chosen], max(2, round(letters / 6))
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=thick)
+        wide, high = font.getlength(text) + font.size * 0.6, font.size * 1.4
+        left = float(np.clip(x1, 0, max(0, sheet.width - wide)))
+        top = y1 - high if y1 >= high else min(max(y2, 0), sheet.height - high)
+        draw.rectangle((left, top, left + wide, top + high), fill=colour)
+        place = (left + font.size * 0.3, top + high / 2)
+        ink = "white" if colour in (BLUE, RED) else INK
+        draw.text(place, text, font=font, fill=ink, anchor="lm")
+    return np.asarray(sheet)
+
+
 def _bar(draw, left, right, middle, unit, *, name, p, colour, bold) -> None:
     start, end = left + 52 * unit, right - 46 * unit
     half = 5 * unit
-    font = _font(12 * unit, bold)
+    font = label_font(12 * unit, bold)
     draw.text((left, middle), name, font=font, fill=INK if bold else MUTED, anchor="lm")
     draw.rectangle((start, middle - half, end, middle + half), fill="#EDEFF2")
     draw.rectangle(
@@ -585,7 +618,7 @@ def _bar(draw, left, right, middle, unit, *, name, p, colour, bold) -> None:
     )
 
 
-def _shortened(text: str, font, width: float) -> str:
+def shortened(text: str, font, width: float) -> str:
     """The text, its middle replaced by '…' where it is wider than `width` pixels."""
     keep = len(text)
     short = text
@@ -596,7 +629,7 @@ def _shortened(text: str, font, width: float) -> str:
 
 
 @cache
-def _font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
+def label_font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
     # DejaVu comes with matplotlib, so the same letters are found on every machine.
     family = matplotlib.font_manager.FontProperties(
         family="DejaVu Sans", weight="bold" if bold else "normal"

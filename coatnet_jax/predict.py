@@ -1,11 +1,12 @@
-"""Ages of your own face crops: a table, a CSV and annotated pictures.
+"""Ages of the faces in your own photos: a table, a CSV and annotated pictures.
 
-The picture is taken as it is: it should be a crop around one face, as in the training data. Only
-its centre square is looked at.
+With a detector every face of a photo is cut out like the crops that the model was trained on, and
+gets a row. Without one each picture is taken as it is, its centre square: it should be such a crop.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,64 @@ from coatnet_jax import plots
 from coatnet_jax.ages import CLASS_NAMES, N_AGES, age_class, class_probabilities, median_age
 from coatnet_jax.inference import Run, load_run
 from coatnet_jax.pages import write_csv
-from input_pipeline.images import decode_checked
-from input_pipeline.pipeline import decode_image
+from input_pipeline.face_crops import (
+    Face,
+    Find,
+    Geometry,
+    alignment,
+    displacement,
+    misfit,
+    read_photo,
+    square_crop,
+    too_small,
+)
+from input_pipeline.images import centre_square
 
 ENDINGS = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif"}
 # Looked for in folders too, so that they are named as unreadable instead of passed over.
 UNSUPPORTED = {".heic", ".heif", ".avif", ".gif"}
 INTERVAL = (0.05, 0.95)
 ON_SHEET = 24
+CROP_SIDE = 400  # px; a square picture up to this may be a face crop in which no face is found
+ENLARGED = 2.0  # a face is noted as small when its crop is enlarged by more than this
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What of a picture is shown to the model: the `number`th of `of` faces, or the whole of it."""
+
+    path: Path
+    face: Face | None = None
+    geometry: Geometry | None = None  # None: the picture is taken whole
+    number: int = 1
+    of: int = 1
+    note: str = ""  # why the age may be worse than usual
+
+    def crop(self, image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
+        """The part of the picture, `size` px wide."""
+        if self.geometry is None:
+            return centre_square(image, size)
+        return square_crop(image, self.face, size=size, geometry=self.geometry)
 
 
 def run(
     run_dir: str | Path,
     inputs: Sequence[str | Path],
     *,
+    find: Find | None = None,
     out: str | Path | None = None,
     recursive: bool = True,
     annotate: bool = True,
     which: str = "best",
     batch_size: int = 32,
 ) -> list[dict[str, Any]]:
-    """Predict the ages of image files and of the images in folders; one row for each readable one.
+    """Predict the ages of the faces in image files and in the images of folders; a row for each.
 
+    `find` gives the faces of a photo (`face_crops.Detector()`); None takes every picture whole.
     Prints a table and writes predictions.csv under `out` (default ./predictions); with `annotate`
-    also annotated/*.jpg and predictions.png, a sheet of the first 24. What cannot be read is
-    listed with the reason, in skipped.csv too. Raises FileNotFoundError for a path that does not
-    exist, ValueError when nothing is readable or the run has no age head.
+    also annotated/*.jpg and predictions.png, a sheet of the first 24. What cannot be read or shows
+    no face is listed with the reason, in skipped.csv too. Raises FileNotFoundError for a path that
+    does not exist, ValueError when there is no row or the run has no age head.
     """
     out = Path(out) if out else Path("predictions")
     paths = find_images(inputs, recursive=recursive, out=out)
@@ -50,21 +83,22 @@ def run(
         raise ValueError(
             f"{run_dir} is a {model.stage} run without an age head; predict with a finetune run"
         )
-    rows, skipped = predict_files(model, paths, batch_size=batch_size)
-    for row in skipped:
-        print(f"skipped {row['file']}: {row['reason']}")
+    rows, skipped = predict_files(model, paths, find=find, batch_size=batch_size)
     if not rows:
-        raise ValueError(f"none of {len(paths)} files is a readable image; {_reason(skipped)}")
-    write_csv(out / "predictions.csv", [{k: row[k] for k in row if k != "path"} for row in rows])
+        wanted = "shows a face that can be used" if find else "is a readable image"
+        raise ValueError(f"none of {len(paths)} files {wanted}; {_reason(skipped)}")
+    write_csv(out / "predictions.csv", [{k: row[k] for k in row if k != "look"} for row in rows])
     if skipped:
         write_csv(out / "skipped.csv", skipped)
     elif (out / "skipped.csv").exists():
         (out / "skipped.csv").unlink()  # of an earlier run into the same folder
-    print(table(rows))
+    print(table(rows, skipped))
     if annotate:
         write_pictures(out, rows)
     also = ", predictions.png and annotated/" if annotate else ""
-    print(f"{len(rows)} of {len(paths)} images; written to {out}: predictions.csv{also}")
+    images = len({row["file"] for row in rows})
+    faces = f"{len(rows)} faces in " if find else ""
+    print(f"{faces}{images} of {len(paths)} images; written to {out}: predictions.csv{also}")
     return rows
 
 
@@ -107,8 +141,8 @@ def _images_in(folder: Path, *, recursive: bool, out: Path | None) -> Iterator[P
             yield file
 
 
-def _read(path: Path) -> bytes:
-    """The file's bytes once they are known to decode; ValueError with the reason otherwise."""
+def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """The file's upright RGB pixels; ValueError with the reason where there are none."""
     if path.suffix.lower() in UNSUPPORTED:
         raise ValueError(f"{path.suffix.lower()} files are not supported: save it as JPEG or PNG")
     try:
@@ -117,42 +151,96 @@ def _read(path: Path) -> bytes:
         raise ValueError(error.strerror or str(error)) from None
     if not data:
         raise ValueError("the file is empty")
-    decode_checked(data)
-    return data
+    return read_photo(data)
+
+
+# --- faces ---------------------------------------------------------------------------------------
+
+
+def looks_at(
+    path: Path, image: UInt8[np.ndarray, "h w 3"], faces: Sequence[Face], *, model: Run
+) -> tuple[list[Look], list[str]]:
+    """(what to show to the model of a photo's faces, why the photo or a face is left out).
+
+    A picture whose landmarks stand as near to the model's geometry as those of 99 of 100 training
+    crops is a crop already, and is taken whole.
+    """
+    geometry = model.geometry
+    if not faces:
+        return [], [_no_face(image)]
+    looks, reasons = [], []
+    for number, face in enumerate(faces, 1):
+        if reason := too_small(face):
+            reasons.append(f"face {number} of {len(faces)}: {reason}")
+            continue
+        whole = (
+            len(faces) == 1 and displacement(face, image, geometry) <= geometry.usual_displacement
+        )
+        note = unlike_training(face, geometry, model.source_size)
+        looks.append(Look(path, face, None if whole else geometry, number, len(faces), note))
+    return looks, reasons
+
+
+def unlike_training(face: Face, geometry: Geometry, size: int) -> str:
+    """What tells a crop from those trained on, '' for nothing.
+
+    The aligned landmarks lie further from the geometry's than for 99 of 100 of the training set's
+    own faces, or the crop is enlarged more than twice.
+    """
+    notes = []
+    if misfit(face, geometry) > geometry.usual_misfit:
+        notes.append("head turned or face hidden")
+    matrix = alignment(face.landmarks, size * geometry.landmarks)
+    if (scale := float(np.hypot(*matrix[:, 0]))) > ENLARGED:
+        notes.append(f"small face, enlarged {scale:.1f} times")
+    return "unlike the training pictures: " + ", ".join(notes) if notes else ""
+
+
+def _no_face(image: UInt8[np.ndarray, "h w 3"]) -> str:
+    h, w, _ = image.shape
+    if max(h, w) <= min(CROP_SIDE, 1.1 * min(h, w)):
+        return "no face found; if it is a face crop already, --no-detect takes it as it is"
+    return "no face found"
 
 
 # --- predictions ---------------------------------------------------------------------------------
 
 
 def predict_files(
-    model: Run, paths: Sequence[Path], *, batch_size: int = 32
+    model: Run, paths: Sequence[Path], *, find: Find | None = None, batch_size: int = 32
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """(rows as in `prediction_row`, skipped as {'file', 'reason'}), a batch at a time."""
     rows, skipped = [], []
-    readable: list[tuple[Path, np.ndarray]] = []
+    waiting: list[tuple[Look, np.ndarray]] = []
 
-    def flush() -> None:
-        if readable:
-            p = model.probabilities(np.stack([image for _, image in readable]))
-            rows.extend(prediction_row(path, q) for (path, _), q in zip(readable, p, strict=True))
-            readable.clear()
+    def flush(count: int) -> None:
+        if batch := waiting[:count]:
+            p = model.probabilities(np.stack([crop for _, crop in batch]))
+            rows.extend(prediction_row(look, q) for (look, _), q in zip(batch, p, strict=True))
+            del waiting[:count]
 
     for path in paths:
+        looks, reasons = [Look(path)], []
         try:
-            readable.append((path, decode_image(_read(path), model.source_size)))
+            image = _read(path)
+            if find:
+                looks, reasons = looks_at(path, image, find(image), model=model)
         except ValueError as error:
-            skipped.append({"file": str(path), "reason": str(error)})
-        if len(readable) == batch_size:
-            flush()
-    flush()
+            looks, reasons = [], [str(error)]
+        waiting += [(look, look.crop(image, model.source_size)) for look in looks]
+        skipped += [{"file": str(path), "reason": reason} for reason in reasons]
+        while len(waiting) >= batch_size:
+            flush(batch_size)
+    flush(batch_size)
     return rows, skipped
 
 
-def prediction_row(path: Path, p: Float[np.ndarray, " 117"]) -> dict[str, Any]:
+def prediction_row(look: Look, p: Float[np.ndarray, " 117"]) -> dict[str, Any]:
     """What `p` says: age (posterior median) and 5-95 % quantiles in years, class, probabilities.
 
-    `probability` is that of the class that holds the median, so age and class never disagree.
-    Raises ValueError when `p` holds NaN.
+    `probability` is that of the class that holds the median, so age and class never disagree. The
+    box is in pixels of the upright photo, None where the picture was taken whole. Raises ValueError
+    when `p` holds NaN.
     """
     p = np.asarray(p, np.float64)
     if not np.isfinite(p).all():
@@ -160,15 +248,20 @@ def prediction_row(path: Path, p: Float[np.ndarray, " 117"]) -> dict[str, Any]:
     age, classes = float(median_age(p)), class_probabilities(p)
     chosen = int(age_class(np.float64(age)))
     low, high = (float(age_quantile(p, q)) for q in INTERVAL)
+    box = look.face.box.round(1).tolist() if look.face else [None] * 4
     return {
-        "file": str(path),
+        "file": str(look.path),
+        "face": look.number,
+        "faces": look.of,
         "age": round(age, 2),
         "low": round(low, 2),
         "high": round(high, 2),
         "class": CLASS_NAMES[chosen],
         "probability": round(float(classes[chosen]), 4),
         **{f"p_{name}": round(float(v), 4) for name, v in zip(CLASS_NAMES, classes, strict=True)},
-        "path": path,
+        **dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
+        "note": look.note,
+        "look": look,
     }
 
 
@@ -187,22 +280,27 @@ def age_quantile(p: Float[np.ndarray, "... 117"], q: float) -> Float[np.ndarray,
     return np.clip(year - 0.5 + inside, 0, N_AGES - 1)[..., 0]
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text: file, age, 90 % interval, class and its probability."""
-    head = ("file", "age", "90 %", "class", "p")
-    lines = [head] + [
-        (
-            row["file"],
-            f"{np.floor(row['age'] + 0.5):.0f}",
-            f"{row['low']:.0f}–{row['high']:.0f}",
-            row["class"],
-            f"{100 * row['probability']:.0f} %",
+def table(rows: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]] = ()) -> str:
+    """The rows as text: file, age, 90 % interval, class, its probability, note; then the skipped,
+    with '–' for the age and the reason for a note."""
+    lines = [("file", "age", "90 %", "class", "p", "")]
+    for row in rows:
+        of = f" ({row['face']} of {row['faces']})" if row["faces"] > 1 else ""
+        lines.append(
+            (
+                row["file"] + of,
+                f"{np.floor(row['age'] + 0.5):.0f}",
+                f"{row['low']:.0f}–{row['high']:.0f}",
+                row["class"],
+                f"{100 * row['probability']:.0f} %",
+                row["note"],
+            )
         )
-        for row in rows
-    ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for row in skipped:
+        lines.append((row["file"], "–", "–", "–", "–", f"skipped: {row['reason']}"))
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:5], widths[1:]), line[5]])
         for line in lines
     )
 
@@ -216,16 +314,33 @@ def _reason(skipped: Sequence[Mapping[str, str]]) -> str:
 
 
 def write_pictures(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write out/annotated/<name>.jpg for every row and out/predictions.png for the first 24."""
+    """Write out/annotated/<name>.jpg for every file and out/predictions.png for the first 24 rows.
+
+    A picture that was taken whole gets a band below it; a photo gets a box around each face.
+    """
+    by_file: dict[Path, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_file.setdefault(row["look"].path, []).append(row)
     tiles = []
-    for row, name in zip(rows, _names([row["path"] for row in rows]), strict=True):
-        data = row["path"].read_bytes()
-        side = int(np.clip(min(decode_checked(data).shape[:2]), 256, 640))
-        picture = _annotated(decode_image(data, side), row)
+    for (path, found), name in zip(by_file.items(), _names(list(by_file)), strict=True):
+        image = read_photo(path)
+        if found[0]["look"].geometry:
+            picture = plots.boxed(image, [_box(row) for row in found])
+        else:
+            side = int(np.clip(min(image.shape[:2]), 256, 640))
+            picture = _annotated(centre_square(image, side), found[0])
         plots.save_image(out / "annotated" / f"{name}.jpg", picture)
-        if len(tiles) < ON_SHEET:
-            tiles.append(_annotated(decode_image(data, 256), row, caption=row["path"].name))
+        for row in found[: ON_SHEET - len(tiles)]:
+            number = f" ({row['face']} of {row['faces']})" if row["faces"] > 1 else ""
+            tiles.append(_annotated(row["look"].crop(image, 256), row, path.name + number))
     plots.contact_sheet(out / "predictions.png", tiles)
+
+
+def _box(row: Mapping[str, Any]) -> tuple[np.ndarray, str, int]:
+    """The face's box, what is written at it, and its class."""
+    text = f"{np.floor(row['age'] + 0.5):.0f} years, {row['class']}"
+    number = f"{row['face']}: " if row["faces"] > 1 else ""
+    return row["look"].face.box, number + text, CLASS_NAMES.index(row["class"])
 
 
 def _annotated(image: UInt8[np.ndarray, "s s 3"], row: Mapping[str, Any], caption: str = ""):

@@ -24,7 +24,7 @@ from coatnet_jax.train_state import TrainState, create_train_state, init_variabl
 from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
 
 # Keys that may differ between the runs that make up one training: they change no result.
-FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers", "data.cache")
+FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers", "data.cache", "data.crop")
 CACHES = ("none", "host", "device")
 
 

