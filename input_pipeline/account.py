@@ -51,18 +51,14 @@ def write_account(
     _write_conflicts(folder / "conflicts.csv", labels, conflicts, dropped)
 
     together = group_keys(joined_groups(copies, labels["identity"]), hashes)
-    images = Images(labels["file"], hashes, ages, together)
-    protocols = _protocols(images, layout, splits, seed=seed)
     left_out = {row for rows in dropped for row in rows}
+    images = _images(labels, together, left_out)
     (folder / "splits").mkdir()
     written = {
         name: write_protocol(
-            folder / "splits" / f"{name}.csv",
-            images,
-            _without(protocol, left_out),
-            transform_id=transform_id,
+            folder / "splits" / f"{name}.csv", images, protocol, transform_id=transform_id
         )
-        for name, protocol in protocols.items()
+        for name, protocol in _protocols(images, layout, splits, seed=seed).items()
     }
     known = {column: sum(value >= 0 for value in labels[column]) for column in ("gender", "race")}
     found = len(ages) + len(skipped)
@@ -192,6 +188,15 @@ def _write_conflicts(
     _write(path, ("group", "file", *_LABELS, "copy", "kept"), rows)
 
 
+def _images(labels: Labels, groups: Sequence[str], left_out: set[int]) -> Images:
+    """What splitting needs of the pictures that are not left out of all splits."""
+    columns = (labels["file"], labels["pixel_hash"], labels["age"], groups)
+    rows = [row for row in range(len(groups)) if row not in left_out]
+    if not rows:
+        raise ValueError("all images were dropped for their conflicting ages")
+    return Images(*([column[row] for row in rows] for column in columns))
+
+
 def _protocols(
     images: Images, layout: Layout, splits: Mapping[str, str | Path], *, seed: int
 ) -> dict[str, Protocol]:
@@ -205,11 +210,6 @@ def _protocols(
     if taken := sorted(protocols.keys() & given.keys()):
         raise ValueError(f"the splits {', '.join(taken)} are made here: give yours another name")
     return protocols | given
-
-
-def _without(protocol: Protocol, rows: set[int]) -> Protocol:
-    splits = ["" if row in rows else split for row, split in enumerate(protocol.splits)]
-    return protocol._replace(splits=splits)
 
 
 def _kind(reason: str) -> str:

@@ -47,7 +47,9 @@ class Faces(beam.PTransform):
 
 def read_skips(folder: Path) -> list[tuple[str, str]]:
     """Returns (path, reason) of the files that the workers left out."""
-    lines = [line for path in folder.glob(f"{SKIPS}*.jsonl") for line in path.open()]
+    lines = [
+        line for path in folder.glob(f"{SKIPS}*.jsonl") for line in path.read_text().splitlines()
+    ]
     return sorted((path, reason) for path, reason in map(json.loads, lines))
 
 

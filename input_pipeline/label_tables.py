@@ -104,7 +104,10 @@ def read_label_tables(
         columns = _columns(name, reader.fieldnames or (), age_column)
         split = bare_name(name).removesuffix(".csv").split("_")[-1] if splits_by_name else ""
         before = len(rows)
-        rows += [_row(row, columns, unknown, split) for row in reader if any(row.values())]
+        try:
+            rows += [_row(row, columns, unknown, split) for row in reader if any(row.values())]
+        except csv.Error as error:
+            raise ValueError(f"label table {name} line {reader.line_num}: {error}") from error
         if len(rows) == before:
             raise ValueError(f"label table {name} has no rows")
     return LabelTable(rows, unknown=unknown, crops=crops)

@@ -35,7 +35,7 @@ def near_pairs(hashes: Sequence[str], *, within: int = NEAR) -> Int[np.ndarray, 
     """Returns the rows (i, j), i < j, of all pairs whose hashes differ in at most `within` bits.
 
     Exact: with bits as ±1 the difference is (256 - dot product) / 2, so a matrix product finds all
-    pairs, in blocks; 21,287 hashes take about 3 s on two cores, and four times as much for double.
+    pairs, in blocks; twice as many hashes take four times as long.
     Rows with the hash '' are in no pair.
     """
     rows = np.flatnonzero([bool(key) for key in hashes])

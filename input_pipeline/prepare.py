@@ -273,9 +273,16 @@ def _build_with_beam(
     builder = builder_class(
         data_dir=partial / "tfds", source=source, reading=reading, beam_skips=skips
     )
-    _download_and_prepare(
-        builder, partial, beam_runner=runner, beam_options=PipelineOptions(list(options))
-    )
+    try:
+        _download_and_prepare(
+            builder, partial, beam_runner=runner, beam_options=PipelineOptions(list(options))
+        )
+    except Exception as error:
+        if "number of generated examples is 0" not in str(error):
+            raise
+        raise ValueError(
+            f"{source}: none of its images can be used; prepare it without Beam to be told why"
+        ) from error
     skipped = read_skips(skips)
     shutil.rmtree(skips, ignore_errors=True)
     return skipped

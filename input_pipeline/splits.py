@@ -117,7 +117,8 @@ def read_splits(path: str | Path) -> dict[str, SplitRow]:
                 raise ValueError(f"{path} line {reader.line_num}: file or split is empty")
             found = result.setdefault(file, SplitRow(split, row.get("pixel_hash") or ""))
             if found.split != split:
-                raise ValueError(f"{path}: {file} is in {found.split} and in {split}")
+                name = public_name(file)
+                raise ValueError(f"{path}: {name} is in {found.split} and in {split}")
     if not result:
         raise ValueError(f"{path} has no rows")
     return result

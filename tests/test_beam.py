@@ -59,3 +59,11 @@ def test_beam_gives_the_same_set(source, tmp_path, monkeypatch, transform):
     (record,) = (tmp_path / "beam").rglob("*array_record*")
     same = tmp_path / "plain" / record.relative_to(tmp_path / "beam")
     assert record.stat().st_size == same.stat().st_size
+
+
+def test_source_without_usable_images_is_told_in_one_line(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as out:
+        out.writestr(name(1), face(1)[:900])
+    with pytest.raises(ValueError, match="none of its images can be used") as error:
+        prepare(tmp_path / "bad.zip", tmp_path, beam_runner="DirectRunner", progress=None)
+    assert "\n" not in str(error.value)

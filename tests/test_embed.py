@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coatnet_jax import embed
+from coatnet_jax import embed, plots
 
 
 def clusters(n=90, d=24, seed=0):
@@ -153,3 +153,21 @@ def test_too_small_a_split_is_refused_before_any_work(joined, tmp_path):
     joined["validation"] = fake_faces(3, 1)
     with pytest.raises(ValueError, match="the split holds 3"):
         embed.run(tmp_path, "data")
+
+
+def test_picture_has_no_column_for_what_is_unknown_of_every_face(tmp_path):
+    age, xy = np.arange(30), np.random.default_rng(0).normal(size=(30, 2))
+    known, unknown = np.arange(30) % 2, np.full(30, -1)
+    widths = []
+    for gender, race in ((known, known), (known, unknown), (unknown, unknown)):
+        path = plots.tsne_grid(
+            tmp_path / "tsne.png",
+            [("a", "", xy)],
+            age=age,
+            age_class=age // 10,
+            gender=gender,
+            race=race,
+        )
+        with Image.open(path) as image:
+            widths.append(image.width)
+    assert widths[0] * 0.9 > widths[1] > widths[1] * 0.9 > widths[2]

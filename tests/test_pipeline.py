@@ -275,11 +275,20 @@ def test_wrong_loader_settings_are_refused(faces, changes, reason):
 
 @pytest.mark.slow
 def test_real_faces_are_counted_as_published(real_faces, tmp_path):
-    info = prepare(f"{real_faces}/utkface-*.tar", tmp_path, name="utkface", progress=None)
+    protocol = real_faces / "utkface-protocol-21-60.csv"
+    info = prepare(
+        f"{real_faces}/utkface-*.tar",
+        tmp_path,
+        splits={"utkface_21_60": protocol} if protocol.exists() else {},
+        progress=None,
+    )
     if info["found"] != 21_287:
         pytest.skip(f"{info['found']} faces here, not the 21,287 whose counts are known")
     assert info["kept"] == 21_287 and info["straddling_groups"] == 0
     assert (info["duplicate_groups"], info["duplicate_files"]) == (344, 702)
-    assert info["conflicting_age_groups"] == 189
+    assert info["conflicting_age_groups"] == 189 and info["near_groups"] == 497
+    if published := info["protocols"].get("utkface_21_60"):
+        assert published["splits"] == {"train": 11_802, "test": 2_934}
+        assert published["straddling_identical_groups"] == 77
     shares = [count / info["kept"] for count in info["classes"].values()]
     np.testing.assert_allclose(shares, (0.179, 0.539, 0.182, 0.101), atol=0.002)

@@ -14,11 +14,13 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from input_pipeline.agedb.agedb_dataset_builder import Builder as AgeDBBuilder
+from input_pipeline.folder.folder_dataset_builder import Builder as FolderBuilder
 from input_pipeline.images import MAX_PIXELS, decode_checked, decode_image, pixel_hash
 from input_pipeline.pipeline import open_split
 from input_pipeline.prepare import prepare, read_labels, records_folder, summary
 from input_pipeline.splits import read_splits
-from input_pipeline.utkface.utkface_dataset_builder import Builder
+from input_pipeline.utkface.utkface_dataset_builder import Builder as UTKFaceBuilder
 
 
 def picture(seed, size=48):
@@ -315,13 +317,44 @@ def test_missing_source_and_bad_name_raise(tmp_path):
         read_labels(tmp_path)
 
 
-def test_builder_reads_the_manual_folder_as_tfds_does(tmp_path):
-    write_folder(tmp_path / "manual", faces(6))
-    builder = Builder(data_dir=tmp_path / "tfds")
+@pytest.mark.parametrize(
+    ("builder_class", "form"),
+    [
+        (UTKFaceBuilder, "UTKFace/2{i}_0_1_2017011617452512{i}.jpg.chip.jpg"),
+        (AgeDBBuilder, "AgeDB/{i}_SomeBody_2{i}_m.jpg"),
+        (FolderBuilder, "02{i}/me.jpg"),
+    ],
+)
+def test_builder_reads_the_manual_folder_as_tfds_does(tmp_path, builder_class, form):
+    write_folder(tmp_path / "manual", {form.format(i=i): jpeg(i) for i in range(6)})
+    builder = builder_class(data_dir=tmp_path / "tfds")
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=tmp_path / "manual")
     )
-    assert len(builder.as_data_source(split="faces")) == 6
+    records = builder.as_data_source(split="faces")
+    assert sorted(int(record["age"]) for record in records) == list(range(20, 26))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"drop_conflicts": -1}, "0 years or more, got -1"),
+        ({"splits": {"a/b": "s.csv"}}, "splits name 'a/b' must be a plain word"),
+        ({"splits": {"theirs": "none.csv"}}, "none.csv does not exist"),
+        ({"splits": {"fold0": "s.csv"}}, "the splits fold0 are made here"),
+        ({"beam_runner": "DirectRunner"}, "pip install 'coatnet-jax\\[beam\\]'"),
+        ({"layout": "agedb"}, "none of 4 images can be used; 4 of them: not an AgeDB name"),
+    ],
+)
+def test_wrong_settings_raise_one_clear_line(tmp_path, monkeypatch, options, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    files = faces(4)
+    rows = "".join(f"{path},train\n" for path in files)
+    (tmp_path / "s.csv").write_text(f"file,split\n{rows}")
+    with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
+        quiet(write_zip(tmp_path / "faces.zip", files), tmp_path / "data", **options)
+    assert "\n" not in str(error.value)
 
 
 def encode(image, kind, **options):

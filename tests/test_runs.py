@@ -8,11 +8,23 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from coatnet_jax import coatnet, finetune, inference, loop, pretrain, sharding, stage
+from coatnet_jax import (
+    coatnet,
+    embed,
+    evaluate,
+    finetune,
+    inference,
+    loop,
+    pretrain,
+    sharding,
+    stage,
+)
 from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.config import load_config
 from coatnet_jax.main import main
+from input_pipeline.prepare import prepare
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,6 +132,25 @@ def test_run_writes_what_reproduces_it(finetuned):
     config = json.loads((finetuned / "config.json").read_text())
     assert config["model"]["name"] == "coatnet_atto"
     assert "drawn by this program" in (finetuned / "MODEL_CARD.md").read_text()
+
+
+def test_every_stage_runs_on_faces_without_gender_and_race(drawn_root, tmp_path, capsys):
+    for path in (drawn_root / "pictures").glob("*.jpg"):
+        copy = tmp_path / "faces" / path.name.split("_")[0] / path.name[-25:]
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    info = prepare(tmp_path / "faces", tmp_path, name="own", progress=None)
+    assert (info["kept"], info["gender_known"], info["race_known"]) == (160, 0, 0)
+    config, run = tiny("finetune", tmp_path, **{"data.name": "own"}), tmp_path / "run"
+    assert finetune.run(config, run)
+    result = evaluate.run(run, tmp_path / "own")
+    assert result["images"] == 24 and "attributes" not in result
+    embed.run(run, tmp_path / "own", max_points=24)
+    with Image.open(run / "embed" / "tsne.png") as image:
+        assert image.width < 1300  # two columns of the four
+    pages = (run / "evaluate" / "test" / "report.md").read_text()
+    pages += (run / "MODEL_CARD.md").read_text() + (run / "embed" / "embed.md").read_text()
+    assert "UTKFace" not in pages and "gender" not in pages.replace("without_gender", "")
 
 
 def test_fine_tuning_starts_from_the_pretrained_backbone(drawn_root, pretrained, tmp_path):

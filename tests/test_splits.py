@@ -67,6 +67,13 @@ def test_fingerprint_sees_a_single_move(images):
     assert fingerprint(hashes, splits) != before
 
 
+def test_fingerprint_tells_what_was_done_to_the_pictures(images):
+    hashes, ages = images
+    splits = assign_splits(hashes, ages)
+    names = ("", "crop 1", "crop 2")
+    assert len({fingerprint(hashes, splits, transform_id=name) for name in names}) == 3
+
+
 def test_other_fractions_and_wrong_ones(images):
     hashes, ages = images
     halves = Counter(assign_splits(hashes, ages, fractions=(("a", 0.5), ("b", 0.5))).tolist())

@@ -68,13 +68,13 @@ PRETRAIN, FINETUNE = pretrain_parts(), finetune_parts()
 SGD = optax.sgd(1.0)
 
 
-def run_steps(parts, devices, *, steps, tx):
-    """(state, metrics of the last step) on the first `devices` devices."""
+def run_steps(parts, devices, *, steps, tx, **labels):
+    """(state, metrics of the last step) on the first `devices` devices; `labels` replace some."""
     model, step = parts
     mesh = make_mesh(devices)
     variables = init_variables(jax.random.key(0), model, image_size=SIZE)
     state = replicate(create_train_state(jax.random.key(1), variables, tx, ema=True), mesh)
-    batch = shard_batch(make_batch(), mesh)
+    batch = shard_batch(make_batch() | labels, mesh)
     for _ in range(steps):
         state, metrics = step(state, batch, tx=tx)
     return jax.device_get(state.replace(rng=None)), jax.device_get(metrics)
@@ -98,6 +98,17 @@ def test_finetune_step_learns_one_batch():
     state, last = run_steps(FINETUNE, 1, steps=40, tx=tx)
     assert last["loss"] < 0.6 * first["loss"]
     assert int(state.step) == 40
+
+
+def test_unknown_gender_moves_nothing_in_its_head():
+    unknown = np.full(16, -1, np.int32)
+    start = init_variables(jax.random.key(0), FINETUNE[0], image_size=SIZE)["params"]["head"]
+    state, _ = run_steps(FINETUNE, 1, steps=1, tx=SGD, gender=unknown)
+    moved = {
+        name: bool(np.any(start[name]["kernel"] != state.params["head"][name]["kernel"]))
+        for name in ("age", "gender", "race")
+    }
+    assert moved == {"age": True, "gender": False, "race": True}
 
 
 def test_moving_average_follows_the_parameters():
