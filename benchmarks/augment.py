@@ -94,9 +94,9 @@ def augmax_view(size: int):
 
 def torchvision_view(size: int):
     import torch
-    from input_speed import _stub_operators
+    from torchvision_stub import make_importable
 
-    _stub_operators()
+    make_importable()
     from torchvision.transforms import v2
 
     jitter = v2.ColorJitter(0.8 * JITTER, 0.8 * JITTER, 0.8 * JITTER, 0.2 * JITTER)
@@ -157,9 +157,9 @@ def speed(*, size: int, source: int, batch: int, rounds: int) -> None:
 def agreement(size: int, source: int) -> None:
     """Prints how far single operations lie from torchvision's, on floats of 0-255."""
     import torch
-    from input_speed import _stub_operators
+    from torchvision_stub import make_importable
 
-    _stub_operators()
+    make_importable()
     from torchvision.transforms.v2 import functional as f
 
     image = pictures(1, source)[0].clip(60, 190)

@@ -41,6 +41,8 @@ def take(make_iterator, batches: int) -> float:
     rate = batches * BATCH / (time.perf_counter() - started)
     if hasattr(iterator, "close"):
         iterator.close()
+    else:
+        next(iterator, None)  # torch's workers end in order only with their epoch
     return rate
 
 
@@ -102,7 +104,9 @@ class TwoViews:
 
 
 def _torch_transform(size: int):
-    _stub_operators()
+    from torchvision_stub import make_importable
+
+    make_importable()
     from torchvision import transforms as t
 
     jitter = t.ColorJitter(0.4, 0.4, 0.4, 0.1)
@@ -119,34 +123,12 @@ def _torch_transform(size: int):
     )
 
 
-_LIBRARIES = []
-
-
-def _stub_operators() -> None:
-    """torchvision's wheel brings CUDA code; without it two operators that nobody calls here are
-    missing at its import."""
-    import torch
-
-    if _LIBRARIES or importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        import sys
-
-        for name in [name for name in sys.modules if name.startswith("torchvision")]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARIES.append(library)  # the definitions last as long as this object
-
-
-def torch_loader(files: list[bytes], size: int):
+def torch_loader(files: list[bytes], size: int, batches: int):
+    """An epoch of that many batches."""
     import torch
 
     loader = torch.utils.data.DataLoader(
-        TwoViews(files, size),
+        TwoViews(files[: batches * BATCH], size),
         batch_size=BATCH,
         shuffle=True,
         num_workers=CORES,
@@ -196,7 +178,9 @@ def contenders(faces, files: list[bytes], size: int, source: int) -> dict:
         ),
     }
     if importlib.util.find_spec("torchvision"):
-        found["torch DataLoader + torchvision"] = lambda: take(lambda: torch_loader(files, size), 3)
+        found["torch DataLoader + torchvision"] = lambda: take(
+            lambda: torch_loader(files, size, 5), 4
+        )
     if importlib.util.find_spec("tensorflow"):
         found["tf.data"] = lambda: take(lambda: tf_loader(files, size), 4)
     return found

@@ -29,46 +29,39 @@ class Ours:
     def __init__(self, name: str, size: int, batch: int, dtype: str, options: dict):
         from functools import partial
 
-        import flax.linen as nn
         import jax
         import jax.numpy as jnp
         import optax
 
         from coatnet_jax.allocator import keep_freed_memory
-        from coatnet_jax.heads import ClassifierHead
+        from coatnet_jax.heads import ClassifierModel
         from coatnet_jax.models import create_backbone
 
         keep_freed_memory()
         self.jax, self.jnp = jax, jnp
-        backbone = create_backbone(name, dtype=dtype, **options)
-
-        class Classifier(nn.Module):
-            @nn.compact
-            def __call__(self, images, *, train):
-                return ClassifierHead(1000, name="head")(backbone(images, train=train))
-
-        model, tx = Classifier(), optax.adamw(1e-4, weight_decay=0.05)
+        model = ClassifierModel(create_backbone(name, dtype=dtype, **options), 1000)
+        tx = optax.adamw(1e-4, weight_decay=0.05)
         images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
         labels = jnp.arange(batch) % 1000
         variables = jax.jit(partial(model.init, train=False))(jax.random.key(1), images[:1])
 
         @jax.jit
         def forward(variables, images):
-            return model.apply(variables, images, train=False)
+            return model.apply(variables, images, train=False)["logits"]
 
         @partial(jax.jit, donate_argnums=0)
         def train(state, images, labels):
             params, batch_stats, opt_state = state
 
             def loss_fn(params):
-                logits, new = model.apply(
+                out, new = model.apply(
                     {"params": params, "batch_stats": batch_stats},
                     images,
                     train=True,
                     mutable=["batch_stats"],
                 )
-                loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-                return loss, new["batch_stats"]
+                losses = optax.softmax_cross_entropy_with_integer_labels(out["logits"], labels)
+                return losses.mean(), new["batch_stats"]
 
             (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
             updates, opt_state = tx.update(grads, opt_state, params)
@@ -114,8 +107,9 @@ class Timm:
 
     def __init__(self, name: str, size: int, batch: int, dtype: str, options: dict):
         import torch
+        from torchvision_stub import make_importable
 
-        _stub_torchvision()
+        make_importable()
         import timm
 
         self.torch = torch
@@ -162,21 +156,6 @@ class Timm:
     def memory(self) -> int:
         on_gpu = self.place.type == "cuda"
         return self.torch.cuda.max_memory_allocated() if on_gpu else _peak_resident()
-
-
-def _stub_torchvision() -> None:
-    """timm imports torchvision, which has no wheel without CUDA and is not used by these models."""
-    import importlib.util
-    import sys
-    from unittest import mock
-
-    if importlib.util.find_spec("torchvision") is not None:
-        return
-    names = ["", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets"]
-    names += [".models", ".models.feature_extraction"]
-    for name in names:
-        sys.modules[f"torchvision{name}"] = mock.MagicMock(__path__=[], __spec__=None)
-    sys.modules["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
 
 
 def _peak_resident() -> int:

@@ -20,6 +20,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
+from tensorflow_datasets.proto import tf_example_generated_pb2
 
 from input_pipeline.images import decode_image
 from input_pipeline.prepared import read_labels, read_transform_id, records_folder
@@ -28,8 +29,6 @@ from input_pipeline.splits import fingerprint, match_splits, read_splits
 __all__ = ["Faces", "decode_image", "decode_once", "eval_loader", "open_split", "train_loader"]
 
 Batch = dict[str, np.ndarray]
-_IMAGE_ONLY = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3))})
-_KEEP_BYTES = {"image": tfds.decode.SkipDecoding()}
 _BUFFER_BYTES = 512 << 20
 _CHUNK = 256  # images that a thread decodes at a time
 
@@ -64,8 +63,9 @@ class Faces:
     def read_images(self, rows: Sequence[int]) -> list[bytes]:
         """Returns the image files of these rows, as bytes."""
         found = self._source.__getitems__([int(self.records[i]) for i in rows])
-        read = _IMAGE_ONLY.deserialize_example_np  # a third of the time of reading every feature
-        return [read(record, decoders=_KEEP_BYTES)["image"] for record in found]
+        # The record's own message: a fifth of the time that TFDS takes, which holds Python's lock.
+        read = tf_example_generated_pb2.Example.FromString
+        return [read(data).features.feature["image"].bytes_list.value[0] for data in found]
 
     @cached_property
     def _source(self):
