@@ -1,5 +1,6 @@
 """What a training step carries: arrays only. The model and the optimizer are static arguments."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -31,9 +32,13 @@ class TrainState:
         return {"params": params, "batch_stats": self.batch_stats}
 
 
-def _compile_options() -> dict[str, int]:
-    """For what runs once: on a CPU, optimised code would cost seconds to save milliseconds."""
-    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+def _run_once(function: Callable, argument: Any) -> Any:
+    """`function(argument)`, compiled for this one call: on a CPU without optimisation, which would
+    cost seconds to save milliseconds."""
+    on_cpu = jax.default_backend() == "cpu"
+    traced = isinstance(jnp.zeros(()), jax.core.Tracer)  # where options of a compiler have no place
+    options = {"xla_backend_optimization_level": 0} if on_cpu and not traced else {}
+    return jax.jit(function, compiler_options=options)(argument)
 
 
 def init_variables(rng: jax.Array, model: nn.Module, *, image_size: int) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def init_variables(rng: jax.Array, model: nn.Module, *, image_size: int) -> dict
         variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)), train=False)
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
-    return jax.jit(init, compiler_options=_compile_options())(rng)
+    return _run_once(init, rng)
 
 
 def create_train_state(
@@ -59,7 +64,7 @@ def create_train_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables["batch_stats"],
-        opt_state=jax.jit(tx.init, compiler_options=_compile_options())(params),
+        opt_state=_run_once(tx.init, params),
         rng=rng,
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
     )
