@@ -124,12 +124,13 @@ def run_stage(
     ema: bool = False,
     layer_decay: float = 1.0,
     train_from: str = "full",
+    make_extra: Callable | None = None,
 ) -> bool:
     """Train `model` from the workdir's checkpoint, else config.init_from, else scratch.
 
-    `make_step(tx)` gives the train step, `make_evaluate()` the evaluation of a state; `metric` is
-    the validation metric (smaller is better) that chooses the best checkpoint. Returns whether the
-    run came to its end.
+    `make_step(tx)` gives the train step, `make_evaluate()` the evaluation of a state, and
+    `make_extra(variables)` the first `TrainState.extra`; `metric` is the validation metric (smaller
+    is better) that chooses the best checkpoint. Returns whether the run came to its end.
     """
     config, workdir, mesh = setting.config, setting.workdir, setting.mesh
     rng_init, rng_train = jax.random.split(jax.random.key(config.seed))
@@ -152,7 +153,9 @@ def run_stage(
         layer_decay=layer_decay,
         train_from=train_from,
     )
-    state = replicate(create_train_state(rng_train, variables, tx, ema=ema), mesh)
+    extra = make_extra(variables) if make_extra else None
+    state = create_train_state(rng_train, variables, tx, ema=ema, extra=extra)
+    state = replicate(state, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     if not resuming:
         write_run_info(
