@@ -10,10 +10,11 @@ import ml_collections
 import numpy as np
 import optax
 
-from coatnet_jax.augment import simclr_view
+from coatnet_jax.augment import denormalize, eval_view, simclr_view
 from coatnet_jax.heads import SiameseModel
-from coatnet_jax.inference import Run, build_model, image_format
+from coatnet_jax.inference import Run, build_model, image_format, normalisation
 from coatnet_jax.metrics import knn_mae
+from coatnet_jax.plots import contact_sheet
 from coatnet_jax.ssl.method import Method
 from coatnet_jax.ssl.methods import create_method
 from coatnet_jax.ssl.watch import (
@@ -36,6 +37,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
     if method.labelled:
         print(f"[pretrain] {config.method} sees the training ages: a ceiling, no self-supervision")
     model = build_model(config)
+    view = partial(simclr_view, **image_format(config), **config.augment.to_dict())
+    if not (workdir / "views.png").is_file():
+        draw_views(workdir / "views.png", setting, view)
     return run_stage(
         setting,
         model,
@@ -45,7 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
             model=model,
             tx=tx,
             method=method,
-            view=partial(simclr_view, **image_format(config), **config.augment.to_dict()),
+            view=view,
             total_steps=setting.schedule.total_steps,
             accumulate=config.accumulate,
         ),
@@ -191,6 +195,19 @@ def _gradients(params, target, carried, rng, images, age, *, model, method, view
 
     (_, (metrics, carried)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return grads, carried, metrics
+
+
+def draw_views(path: Path, setting: Setting, view: Any, *, faces: int = 12) -> None:
+    """A picture of some training faces as the model sees them: each whole, then two views of it."""
+    config = setting.config
+    rows = _spread(len(setting.train_faces), faces)
+    images = jnp.asarray(_decode(setting.train_faces, rows, config.data.image_size))
+    pixels = partial(denormalize, **normalisation(config))
+    whole = pixels(eval_view(images, **image_format(config)))
+    draw = jax.jit(view)  # one program for both views
+    views = [pixels(draw(rng, images)) for rng in jax.random.split(jax.random.key(config.seed))]
+    tiles = np.stack([whole, *views], axis=1).reshape(-1, *whole.shape[1:])
+    contact_sheet(path, list(tiles), columns=6)
 
 
 def monitor_faces(setting: Setting) -> dict[str, np.ndarray]:

@@ -18,13 +18,15 @@ from coatnet_jax.inference import normalisation
 from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
 from coatnet_jax.optim import create_optimizer, warmup_cosine
 from coatnet_jax.paths import data_folder
+from coatnet_jax.plots import training_curves
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
 from coatnet_jax.terms import model_card
+from coatnet_jax.tracking import open_trackers
 from coatnet_jax.train_state import TrainState, create_train_state, init_variables
 from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
 
 # Keys that may differ between the runs that make up one training: they change no result.
-FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers", "data.cache")
+FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers", "data.cache", "track")
 CACHES = ("none", "host", "device")
 
 
@@ -133,6 +135,7 @@ def run_stage(
     is better) that chooses the best checkpoint. Returns whether the run came to its end.
     """
     config, workdir, mesh = setting.config, setting.workdir, setting.mesh
+    trackers = open_trackers(config, workdir)
     rng_init, rng_train = jax.random.split(jax.random.key(config.seed))
     variables = init_variables(rng_init, model, image_size=config.model.image_size)
     resuming = (workdir / FOLDER).is_dir()
@@ -199,9 +202,12 @@ def run_stage(
         mesh=mesh,
         schedule=schedule,
         checkpoints=checkpoints,
-        log=MetricsLog(workdir),
+        log=MetricsLog(workdir, trackers=trackers),
     )
     checkpoints.close()
+    if finished:
+        curves = workdir / "curves.png"
+        training_curves(curves, workdir / "metrics.jsonl", title=config.stage, most_panels=9)
     _add_wall_time(workdir, time.monotonic() - started, finished=finished, step=int(state.step))
     return finished
 

@@ -110,7 +110,7 @@ def test_killed_and_resumed_equals_never_stopped(
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("method", ["byol", "dino"])
+@pytest.mark.parametrize("method", ["dino", pytest.param("byol", marks=pytest.mark.slow)])
 def test_second_network_is_resumed_exactly(method, drawn_root, tmp_path, monkeypatch):
     def config():
         small = {"epochs": 0.72, "monitor.every_epochs": 0.29, "projection.hidden": 16}
@@ -186,10 +186,17 @@ def test_finished_run_is_left_as_it_is(drawn_root, pretrained):
     assert time.monotonic() - started < 60
 
 
+def test_pretraining_draws_its_curves_and_the_views_it_sees(pretrained):
+    assert (pretrained / "curves.png").is_file()
+    with Image.open(pretrained / "views.png") as sheet:
+        assert sheet.size == (6 * (32 + 14) + 14, 6 * (32 + 14) + 14)  # 12 faces, 3 tiles each
+
+
 def test_run_writes_what_reproduces_it(finetuned):
     info = json.loads((finetuned / "run.json").read_text())
     assert info["finished"] and info["step"] == 8 and info["data_fingerprint"]
     assert info["versions"]["jax"] == jax.__version__
+    assert (finetuned / "curves.png").is_file()
     config = json.loads((finetuned / "config.json").read_text())
     assert config["model"]["name"] == "coatnet_atto"
     assert "drawn by this program" in (finetuned / "MODEL_CARD.md").read_text()
