@@ -1,8 +1,9 @@
 """Checkpoints of a run, and loading one run's weights into another model. The only orbax import.
 
-A checkpoint holds four items: `variables` (parameters and BatchNorm statistics), `ema_params` where
-a moving average is kept, `training` (step, optimizer state, key) and `iterator` (the place in the
-data). Evaluation reads the first two and never needs the optimizer to be known.
+A checkpoint holds these items: `variables` (parameters and BatchNorm statistics), `training` (step,
+optimizer state, key), `iterator` (the place in the data), `ema_params` where a moving average is
+kept and `extra` where a step keeps more. Evaluation reads `variables` and `ema_params` and never
+needs the optimizer to be known.
 """
 
 import logging
@@ -52,8 +53,7 @@ class Checkpoints:
             "variables": {"params": state.params, "batch_stats": state.batch_stats},
             "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
         }
-        if state.ema_params is not None:
-            items["ema_params"] = state.ema_params
+        items |= _optional_items(state)
         saved = {key: ocp.args.StandardSave(value) for key, value in items.items()}
         step = int(state.step)
         if step in self.manager.all_steps():
@@ -76,8 +76,7 @@ class Checkpoints:
             "variables": {"params": state.params, "batch_stats": state.batch_stats},
             "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
         }
-        if state.ema_params is not None:
-            like["ema_params"] = state.ema_params
+        like |= _optional_items(state)
         folder = self.manager.directory / str(step)
         saved = _shapes(self.manager, step, "variables")
         _check_same(saved, like["variables"], saved_name=str(folder), model_name="this config")
@@ -95,9 +94,8 @@ class Checkpoints:
                 f"({_first_line(error)}); use the config it was started with, or a new --workdir"
             ) from None
         variables, training = restored["variables"], restored["training"]
-        state = state.replace(
-            **variables, **training, ema_params=restored.get("ema_params", state.ema_params)
-        )
+        optional = {name: restored[name] for name in _optional_items(state)}
+        state = state.replace(**variables, **training, **optional)
         return state, restored["iterator"]
 
     def close(self) -> None:
@@ -170,6 +168,11 @@ def load_backbone(run_dir: Path, variables: dict[str, Any]) -> dict[str, Any]:
         _check_same(source, like, **names)
         merged[kind] = {**variables[kind], "backbone": source} if source else variables[kind]
     return merged
+
+
+def _optional_items(state: TrainState) -> dict[str, Any]:
+    items = {"ema_params": state.ema_params, "extra": state.extra}
+    return {name: item for name, item in items.items() if item is not None}
 
 
 def _manager(workdir: Path, **options) -> ocp.CheckpointManager:

@@ -21,6 +21,7 @@ from coatnet_jax.inference import load_run, predict_split, random_run
 from coatnet_jax.logs import environment
 from coatnet_jax.metrics import knn_mae, mae
 from coatnet_jax.pages import write_csv, write_json, write_report
+from coatnet_jax.ssl.watch import spread
 from input_pipeline.pipeline import open_split
 
 NEIGHBOURS = 20
@@ -106,15 +107,6 @@ def feature_scores(
         _check_finite(features)
     k = min(NEIGHBOURS, len(train_z))
     return {"knn_mae": knn_mae(train_z, train_age, z, age, k=k), "embedding_std": spread(z)}
-
-
-def spread(z: Float[np.ndarray, "n d"]) -> float:
-    """Standard deviation of unit-length features, mean over dimensions, times the root of d.
-
-    Near 1 where the directions fill the sphere, 0 where all faces got the same (a collapse; Chen
-    and He 2021, SimSiam, figure 2).
-    """
-    return float(_unit(z).std(axis=0).mean() * np.sqrt(z.shape[1]))
 
 
 def constant_mae(train_age: np.ndarray, age: np.ndarray) -> float:

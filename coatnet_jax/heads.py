@@ -1,4 +1,4 @@
-"""What sits on a backbone: classifier, age/gender/race heads, SimCLR's projection.
+"""What sits on a backbone: classifier, age/gender/race heads, projections of pre-training.
 
 The classifier is CoAtNet's (a hidden tanh layer: arXiv 2106.04803, the only reading that meets
 its parameter counts); the projection is SimCLR's (arXiv 2002.05709, 2006.10029).
@@ -82,15 +82,17 @@ class AgeModel(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """SimCLR's MLP: Dense, BN and ReLU, with a last Dense and BN.
+    """SimCLR's MLP: Dense, BN and ReLU, with a last Dense and BN; BYOL's without that last BN.
 
-    BN follows every Dense, so none has a bias. The last BN has neither scale nor bias (MoCo v3,
-    arXiv 2104.02057; SimCLR's own keeps the scale): the loss normalises its output anyway.
+    No Dense has a bias: BN follows it, or a loss that does not need it. The last BN has neither
+    scale nor bias (MoCo v3, arXiv 2104.02057; SimCLR's own keeps the scale): the loss normalises
+    its output anyway.
     """
 
     layers: int = 3
     hidden: int = 2048
     out: int = 256
+    last_norm: bool = True
 
     @nn.compact
     def __call__(self, features: Float[Array, "b d"], *, train: bool) -> Float[Array, "b out"]:
@@ -101,6 +103,8 @@ class ProjectionHead(nn.Module):
         for n in range(1, self.layers + 1):
             last = n == self.layers
             x = nn.Dense(self.out if last else self.hidden, use_bias=False, name=f"dense{n}")(x)
+            if last and not self.last_norm:
+                return x
             x = nn.BatchNorm(
                 use_running_average=not train,
                 momentum=0.9,
@@ -113,14 +117,24 @@ class ProjectionHead(nn.Module):
         return x
 
 
-class SimCLRModel(nn.Module):
-    """A backbone and a projection head; parameters under `backbone` and `projection`."""
+class SiameseModel(nn.Module):
+    """A backbone and the heads of pre-training, which sees every image as two views.
+
+    Parameters under `backbone`, `projection` and, for the methods that have one, `prediction`.
+    Without a projection the features themselves are projected.
+    """
 
     backbone: nn.Module
-    projection: nn.Module
+    projection: nn.Module | None
+    prediction: nn.Module | None = None
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], *, train: bool) -> dict[str, jax.Array]:
-        """Returns `features` [b, D] of the backbone and `z` [b, out] of the projection."""
+        """Returns `features` [b, D] of the backbone, `z` [b, out] of the projection, and `p`
+        [b, out] of the prediction from z."""
         features = self.backbone(images, train=train)
-        return {"features": features, "z": self.projection(features, train=train)}
+        z = features if self.projection is None else self.projection(features, train=train)
+        outputs = {"features": features, "z": z}
+        if self.prediction is not None:
+            outputs["p"] = self.prediction(z, train=train)
+        return outputs

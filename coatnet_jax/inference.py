@@ -17,18 +17,19 @@ from jaxtyping import Array, Float, UInt8
 from coatnet_jax.augment import IMAGE_MEAN, IMAGE_STD, eval_view
 from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.config import read_config
-from coatnet_jax.heads import AgeModel, ProjectionHead, SimCLRModel
+from coatnet_jax.heads import AgeModel
 from coatnet_jax.import_timm import classifier
 from coatnet_jax.models import create_backbone
 from coatnet_jax.optim import first_trained_stage
 from coatnet_jax.sharding import make_mesh, replicate, shard_batch
+from coatnet_jax.ssl.methods import create_siamese
 from coatnet_jax.train_state import init_variables
 from input_pipeline.face_crops import GEOMETRIES, Geometry
 from input_pipeline.pipeline import Faces, eval_loader
 
 
 def build_model(config: ml_collections.ConfigDict) -> nn.Module:
-    """The model of a run's config: SimCLRModel for pre-training, AgeModel for fine-tuning.
+    """The model of a run's config: SiameseModel for pre-training, AgeModel for fine-tuning.
 
     And for weights that were imported from timm (stage 'timm') its classifier.
     """
@@ -40,8 +41,7 @@ def build_model(config: ml_collections.ConfigDict) -> nn.Module:
     if config.stage == "timm":
         return classifier(config.model.name, classes=config.model.classes, **options)
     if config.stage == "pretrain":
-        projection = ProjectionHead(**config.projection.to_dict())
-        return SimCLRModel(create_backbone(config.model.name, **options), projection)
+        return create_siamese(config, create_backbone(config.model.name, **options))
     frozen_below = first_trained_stage(config.optim.train_from)
     return AgeModel(create_backbone(config.model.name, frozen_below=frozen_below, **options))
 

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,16 +55,22 @@ def update_run_info(workdir: Path, **values) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line with step, epoch, split and the metrics."""
+    """metrics.jsonl: one JSON object a line with step, epoch, split and the metrics.
 
-    def __init__(self, workdir: Path):
+    `trackers` are functions `(step, split, metrics)` that get the same.
+    """
+
+    def __init__(self, workdir: Path, *, trackers: Sequence[Callable] = ()):
         self.path = workdir / "metrics.jsonl"
+        self.trackers = trackers
 
     def write(self, *, step: int, epoch: float, split: str, **metrics: float) -> None:
         row = {"step": step, "epoch": round(epoch, 4), "split": split}
         row |= {key: float(f"{value:.6g}") for key, value in metrics.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        for track in self.trackers:
+            track(step, split, metrics)
 
     def rows(self, split: str) -> list[dict]:
         """All rows of one split, oldest first."""

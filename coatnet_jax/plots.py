@@ -403,6 +403,8 @@ PANEL_TITLES = {
     "probe_mae": "probe MAE in years",
     "embedding_std": "spread of the embedding",
     "rank_me": "RankMe",
+    "alignment": "alignment: views apart",
+    "uniformity": "uniformity: below 0 where spread",
     "cs5": "within 5 years",
     "lr": "learning rate",
     "learning_rate": "learning rate",

@@ -1,4 +1,4 @@
-"""SimCLR pre-training (arXiv 2002.05709): two views of each face, one encoder, NT-Xent."""
+"""Pre-training: two views of each face, one encoder, and the loss of a method of `ssl`."""
 
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,19 @@ import ml_collections
 import numpy as np
 import optax
 
-from coatnet_jax.augment import simclr_view
-from coatnet_jax.heads import SimCLRModel
-from coatnet_jax.inference import Run, build_model, image_format
-from coatnet_jax.losses import nt_xent
+from coatnet_jax.augment import denormalize, eval_view, simclr_view
+from coatnet_jax.heads import SiameseModel
+from coatnet_jax.inference import Run, build_model, image_format, normalisation
 from coatnet_jax.metrics import knn_mae
+from coatnet_jax.plots import contact_sheet
+from coatnet_jax.ssl.method import Method
+from coatnet_jax.ssl.methods import create_method
+from coatnet_jax.ssl.watch import (
+    alignment_and_uniformity,
+    collapse_warning,
+    rank_me,
+    spread,
+)
 from coatnet_jax.stage import Setting, open_stage, run_stage
 from coatnet_jax.train_state import TrainState, apply_gradients
 from input_pipeline.pipeline import Faces, decode_image
@@ -22,75 +30,184 @@ from input_pipeline.pipeline import Faces, decode_image
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
     """Pre-train into `workdir`, going on from its checkpoint; whether the run came to its end."""
+    method = create_method(config)  # a misspelled one should fail before anything is loaded
+    learning_rate = scaled_learning_rate(config)
     setting = open_stage(config, workdir)
+    check_accumulation(config, setting.mesh.size)
+    if method.labelled:
+        print(f"[pretrain] {config.method} sees the training ages: a ceiling, no self-supervision")
     model = build_model(config)
+    view = partial(simclr_view, **image_format(config), **config.augment.to_dict())
+    if not (workdir / "views.png").is_file():
+        draw_views(workdir / "views.png", setting, view)
     return run_stage(
         setting,
         model,
-        learning_rate=scaled_learning_rate(config),
+        learning_rate=learning_rate,
         make_step=lambda tx: partial(
             pretrain_train_step,
             model=model,
             tx=tx,
-            view=partial(simclr_view, **image_format(config), **config.augment.to_dict()),
-            temperature=config.loss.temperature,
-            decoupled=config.loss.decoupled,
+            method=method,
+            view=view,
+            total_steps=setting.schedule.total_steps,
+            accumulate=config.accumulate,
         ),
         make_evaluate=lambda: partial(evaluate, monitor=monitor_faces(setting), setting=setting),
         metric="knn_mae",
+        ema=method.serves_target,
+        make_extra=lambda variables: first_extra(method, variables, width=config.projection.out),
     )
 
 
 def scaled_learning_rate(config: ml_collections.ConfigDict) -> float:
-    """Peak learning rate: linear in batch / 512, for LARS its square root, as in SimCLR."""
+    """Peak learning rate for the config's batch; `optim.lr` is that of batch 512.
+
+    `optim.scaling` is 'linear', 'sqrt' (SimCLR's for LARS: 0.075 sqrt(batch) is 1.7 at 512) or
+    'none'; ValueError for another.
+    """
     scale = config.batch_size / 512
-    return config.optim.lr * (scale**0.5 if config.optim.name == "lars" else scale)
+    factors = {"linear": scale, "sqrt": scale**0.5, "none": 1.0}
+    if config.optim.scaling not in factors:
+        raise ValueError(
+            f"optim.scaling is {config.optim.scaling!r}: choose from {', '.join(factors)}"
+        )
+    return config.optim.lr * factors[config.optim.scaling]
+
+
+def check_accumulation(config: ml_collections.ConfigDict, devices: int) -> None:
+    """Raise ValueError where the batch does not divide into `accumulate` parts for the devices."""
+    parts = config.accumulate
+    if parts < 1 or config.batch_size % (parts * devices):
+        raise ValueError(
+            f"batch_size {config.batch_size} does not divide into accumulate={parts} parts on "
+            f"{devices} device(s)"
+        )
+
+
+def first_extra(method: Method, variables: dict[str, Any], *, width: int) -> dict | None:
+    """What `TrainState.extra` holds at step 0: BYOL's target network, DINO's centre."""
+    extra = {}
+    if method.has_target and not method.serves_target:
+        extra["target"] = jax.tree.map(jnp.copy, variables["params"])
+    if memory := method.first_memory(width):
+        extra["memory"] = memory
+    return extra or None
 
 
 @partial(
     jax.jit,
-    static_argnames=("model", "tx", "view", "temperature", "decoupled"),
+    static_argnames=("model", "tx", "method", "view", "total_steps", "accumulate"),
     donate_argnames="state",
 )
 def pretrain_train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     *,
-    model: SimCLRModel,
+    model: SiameseModel,
     tx: optax.GradientTransformation,
+    method: Method,
     view: Any,
-    temperature: float,
-    decoupled: bool,
+    total_steps: int,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One SimCLR step on `batch['image']` [b,H,W,3] uint8: (state, loss and monitors).
+    """One step on `batch['image']` [b,H,W,3] uint8 and 'age' [b]: (state, loss and monitors).
+
+    With `accumulate` the batch passes in so many parts, whose gradients are averaged. That saves
+    memory, but BatchNorm and losses that compare images see only the b / accumulate images of a
+    part: it is not the step of the large batch.
+    """
+    extra = state.extra or {}
+    target = state.ema_params if method.serves_target else extra.get("target")
+    progress = state.step / total_steps
+    gradients = partial(_gradients, state.params, target, model=model, method=method, view=view)
+    rng = jax.random.fold_in(state.rng, state.step)
+    carried = (state.batch_stats, extra.get("memory", {}))
+    if accumulate == 1:
+        grads, carried, metrics = gradients(carried, rng, batch["image"], batch["age"])
+    else:
+        # Every n-th image makes a part, so that each device has its share of every part.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1),
+            (batch["image"], batch["age"]),
+        )
+
+        def add(sums, part):
+            grads, carried, metrics = gradients(sums[1], *part)
+            return (jax.tree.map(jnp.add, sums[0], grads), carried), metrics
+
+        start = (jax.tree.map(jnp.zeros_like, state.params), carried)
+        rngs = jax.random.split(rng, accumulate)
+        (grads, carried), metrics = jax.lax.scan(add, start, (rngs, *parts))
+        grads = jax.tree.map(lambda x: x / accumulate, grads)
+        metrics = jax.tree.map(jnp.mean, metrics)
+    grads = method.masked_gradients(grads, progress)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    batch_stats, memory = carried
+    new = apply_gradients(state.replace(ema_params=None), grads, batch_stats, tx=tx)
+    if memory:
+        extra = {**extra, "memory": memory}
+    if method.has_target:
+        target = optax.incremental_update(new.params, target, 1 - method.momentum_at(progress))
+        if method.serves_target:
+            new = new.replace(ema_params=target)
+        else:
+            extra = {**extra, "target": target}
+    return new.replace(extra=extra or None), metrics
+
+
+def _gradients(params, target, carried, rng, images, age, *, model, method, view):
+    """(gradients, next (batch_stats, memory), metrics) of some images [b,H,W,3].
 
     Both views pass through the encoder in one forward pass, so BatchNorm sees all 2b of them.
     """
-    rng_first, rng_second, rng_dropout = jax.random.split(
-        jax.random.fold_in(state.rng, state.step), 3
-    )
-    images = batch["image"]
+    batch_stats, memory = carried
+    rng_first, rng_second, rng_dropout = jax.random.split(rng, 3)
     b = images.shape[0]
     # The two views of an image lie next to each other, [b, 2, ...], so that a batch that is split
     # over devices stays where it is.
     views = jnp.stack([view(rng_first, images), view(rng_second, images)], axis=1)
     views = views.reshape(2 * b, *views.shape[2:])
 
-    def loss_fn(params):
-        out, mutated = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+    def outputs_of(params):
+        outputs, mutated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
             views,
             train=True,
             mutable=["batch_stats"],
             rngs={"dropout": rng_dropout},
         )
-        z = out["z"].reshape(b, 2, -1).swapaxes(0, 1).reshape(2 * b, -1)
-        loss, metrics = nt_xent(z, temperature=temperature, decoupled=decoupled)
-        return loss, (metrics, mutated["batch_stats"])
+        first_then_second = jax.tree.map(
+            lambda x: x.reshape(b, 2, -1).swapaxes(0, 1).reshape(2 * b, -1), outputs
+        )
+        return first_then_second, mutated.get("batch_stats", {})
 
-    (loss, (metrics, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
-    return apply_gradients(state, grads, batch_stats, tx=tx), metrics
+    # In training BatchNorm takes the statistics of the batch, so the networks can share the running
+    # ones: they are those of the network that will be evaluated.
+    targets, target_stats = outputs_of(target) if method.has_target else (None, None)
+
+    def loss_fn(params):
+        online, stats = outputs_of(params)
+        loss, metrics, next_memory = method.loss(online, targets, age=age, memory=memory)
+        stats = target_stats if method.serves_target else stats
+        metrics = {"loss": loss, **metrics, **alignment_and_uniformity(online["z"])}
+        return loss, (metrics, (stats, next_memory))
+
+    (_, (metrics, carried)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return grads, carried, metrics
+
+
+def draw_views(path: Path, setting: Setting, view: Any, *, faces: int = 12) -> None:
+    """A picture of some training faces as the model sees them: each whole, then two views of it."""
+    config = setting.config
+    rows = _spread(len(setting.train_faces), faces)
+    images = jnp.asarray(_decode(setting.train_faces, rows, config.data.image_size))
+    pixels = partial(denormalize, **normalisation(config))
+    whole = pixels(eval_view(images, **image_format(config)))
+    draw = jax.jit(view)  # one program for both views
+    views = [pixels(draw(rng, images)) for rng in jax.random.split(jax.random.key(config.seed))]
+    tiles = np.stack([whole, *views], axis=1).reshape(-1, *whole.shape[1:])
+    contact_sheet(path, list(tiles), columns=6)
 
 
 def monitor_faces(setting: Setting) -> dict[str, np.ndarray]:
@@ -112,25 +229,24 @@ def evaluate(
 ) -> dict[str, float]:
     """kNN age error (years) of the frozen features on validation images, and how far they spread.
 
-    `embedding_std` is the mean standard deviation of the L2-normalised features' coordinates times
-    sqrt(D): near 1 for features spread over the sphere, 0 where they have collapsed.
+    `embedding_std` and `rank_me` are those of `ssl.watch`; a collapse is printed in words.
     """
     run = Run(
         setting.config, state.eval_variables, setting.mesh, batch_size=setting.config.batch_size
     )
     features = {split: run.features(monitor[f"{split}_image"]) for split in ("train", "validation")}
+    error = knn_mae(
+        features["train"],
+        monitor["train_age"],
+        features["validation"],
+        monitor["validation_age"],
+        k=min(20, len(features["train"])),
+    )
     z = features["validation"]
-    z = z / np.linalg.norm(z, axis=1, keepdims=True)
-    return {
-        "knn_mae": knn_mae(
-            features["train"],
-            monitor["train_age"],
-            features["validation"],
-            monitor["validation_age"],
-            k=min(20, len(features["train"])),
-        ),
-        "embedding_std": float(z.std(axis=0).mean() * np.sqrt(z.shape[1])),
-    }
+    watched = {"embedding_std": spread(z), "rank_me": rank_me(z)}
+    if warning := collapse_warning(**watched):
+        print(f"[pretrain] {warning}", flush=True)
+    return {"knn_mae": error, **watched}
 
 
 def _spread(length: int, count: int) -> np.ndarray:

@@ -18,13 +18,18 @@ from coatnet_jax.inference import normalisation
 from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
 from coatnet_jax.optim import create_optimizer, warmup_cosine
 from coatnet_jax.paths import data_folder
+from coatnet_jax.plots import training_curves
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
 from coatnet_jax.terms import model_card
+from coatnet_jax.tracking import open_trackers
 from coatnet_jax.train_state import TrainState, create_train_state, init_variables
 from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
 
 # Keys that may differ between the runs that make up one training: they change no result.
-FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers", "data.cache", "data.crop")
+FREE_KEYS = (
+    *("max_minutes", "log_every", "track"),
+    *("data.root", "data.workers", "data.cache", "data.crop"),
+)
 CACHES = ("none", "host", "device")
 
 
@@ -124,14 +129,16 @@ def run_stage(
     ema: bool = False,
     layer_decay: float = 1.0,
     train_from: str = "full",
+    make_extra: Callable | None = None,
 ) -> bool:
     """Train `model` from the workdir's checkpoint, else config.init_from, else scratch.
 
-    `make_step(tx)` gives the train step, `make_evaluate()` the evaluation of a state; `metric` is
-    the validation metric (smaller is better) that chooses the best checkpoint. Returns whether the
-    run came to its end.
+    `make_step(tx)` gives the train step, `make_evaluate()` the evaluation of a state, and
+    `make_extra(variables)` the first `TrainState.extra`; `metric` is the validation metric (smaller
+    is better) that chooses the best checkpoint. Returns whether the run came to its end.
     """
     config, workdir, mesh = setting.config, setting.workdir, setting.mesh
+    trackers = open_trackers(config, workdir)
     rng_init, rng_train = jax.random.split(jax.random.key(config.seed))
     variables = init_variables(rng_init, model, image_size=config.model.image_size)
     resuming = (workdir / FOLDER).is_dir()
@@ -152,7 +159,9 @@ def run_stage(
         layer_decay=layer_decay,
         train_from=train_from,
     )
-    state = replicate(create_train_state(rng_train, variables, tx, ema=ema), mesh)
+    extra = make_extra(variables) if make_extra else None
+    state = create_train_state(rng_train, variables, tx, ema=ema, extra=extra)
+    state = replicate(state, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     if not resuming:
         write_run_info(
@@ -196,9 +205,12 @@ def run_stage(
         mesh=mesh,
         schedule=schedule,
         checkpoints=checkpoints,
-        log=MetricsLog(workdir),
+        log=MetricsLog(workdir, trackers=trackers),
     )
     checkpoints.close()
+    if finished:
+        curves = workdir / "curves.png"
+        training_curves(curves, workdir / "metrics.jsonl", title=config.stage, most_panels=9)
     _add_wall_time(workdir, time.monotonic() - started, finished=finished, step=int(state.step))
     return finished
 

@@ -15,7 +15,8 @@ class TrainState:
     """Arrays of a run: everything that is needed to go on with it exactly.
 
     `rng` is a typed key that never changes; a step draws from `fold_in(rng, step)`. `ema_params` is
-    None where no moving average is kept.
+    None where no moving average is kept, and `extra` where a step needs nothing else (BYOL's target
+    network, DINO's centre).
     """
 
     step: jax.Array
@@ -24,6 +25,7 @@ class TrainState:
     opt_state: Any
     rng: jax.Array
     ema_params: Any = None
+    extra: Any = None
 
     @property
     def eval_variables(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def create_train_state(
     tx: optax.GradientTransformation,
     *,
     ema: bool = False,
+    extra: Any = None,
 ) -> TrainState:
     """A state at step 0 from initial (or loaded) variables."""
     params = variables["params"]
@@ -67,6 +70,7 @@ def create_train_state(
         opt_state=_run_once(tx.init, params),
         rng=rng,
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        extra=extra,
     )
 
 

@@ -95,6 +95,7 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.monitor.every_epochs = 1.0
     config.monitor.patience = 15  # stop after so many evaluations without a better validation MAE
     config.log_every = 10
+    config.track = ""  # besides metrics.jsonl: tensorboard, wandb, or both with a comma
 
     if "drawn" in words:
         data.name, data.image_size = "drawn", 64

@@ -18,7 +18,7 @@ from coatnet_jax.baselines.simple_cnn import SimpleCNN, mean_cells
 from coatnet_jax.checkpoint import Checkpoints, load_backbone
 from coatnet_jax.coatnet import DropPath
 from coatnet_jax.finetune import finetune_train_step
-from coatnet_jax.heads import AgeModel, ProjectionHead, SimCLRModel
+from coatnet_jax.heads import AgeModel, ProjectionHead, SiameseModel
 from coatnet_jax.models import BASELINES, create_backbone
 from coatnet_jax.optim import decay_mask, first_trained_stage, freeze_mask, layer_scales
 from coatnet_jax.pretrain import pretrain_train_step
@@ -276,7 +276,7 @@ def test_options_are_the_modules_own(name):
 
 
 def pretrain_parts(backbone):
-    model = SimCLRModel(backbone, ProjectionHead(layers=2, hidden=16, out=8))
+    model = SiameseModel(backbone, ProjectionHead(layers=2, hidden=16, out=8))
     view = partial(simclr_view, size=32)
     step = partial(pretrain_train_step, model=model, view=view, temperature=0.2, decoupled=False)
     return model, step

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coatnet_jax.heads import AgeModel, ClassifierHead, ProjectionHead, SimCLRModel
+from coatnet_jax.heads import AgeModel, ClassifierHead, ProjectionHead, SiameseModel
 
 D = 12
 
@@ -91,8 +91,8 @@ def test_projection_without_layers_raises():
         ProjectionHead(layers=0).init(jax.random.key(1), jnp.ones((2, D)), train=False)
 
 
-def test_simclr_model_gives_features_and_z(images):
-    model = SimCLRModel(Backbone(), ProjectionHead(hidden=10, out=4))
+def test_siamese_model_gives_features_and_z(images):
+    model = SiameseModel(Backbone(), ProjectionHead(hidden=10, out=4))
     out, variables = model.init_with_output(jax.random.key(0), images, train=False)
     assert {k: v.shape for k, v in out.items()} == {"features": (8, D), "z": (8, 4)}
     assert set(variables["params"]) == {"backbone", "projection"}

@@ -3,11 +3,12 @@
 import json
 import shutil
 import time
-from functools import partial
+from functools import partial, reduce
 from types import SimpleNamespace
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
@@ -42,8 +43,8 @@ def quick_compiles(tmp_path_factory):
         jax.config.update("jax_compilation_cache_dir", None)
 
 
-def tiny(kind, root, **changes):
-    config = load_config(f"{kind}:atto,drawn,tiny")
+def tiny(kind, root, *, words="", **changes):
+    config = load_config(f"{kind}:atto,drawn,tiny{words}")
     config.data.root = str(root)
     config.batch_size = 16
     config.epochs = 1.2  # 8 steps of 7 an epoch: the batches run over the epoch's end
@@ -109,6 +110,45 @@ def test_killed_and_resumed_equals_never_stopped(
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("method", ["dino", pytest.param("byol", marks=pytest.mark.slow)])
+def test_second_network_is_resumed_exactly(method, drawn_root, tmp_path, monkeypatch):
+    def config():
+        small = {"epochs": 0.72, "monitor.every_epochs": 0.29, "projection.hidden": 16}
+        return tiny("pretrain", drawn_root, words=f",{method}", **small)  # 5 steps, saved every 2
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert pretrain.run(config(), whole)
+    with monkeypatch.context() as patched:
+        kill_after(3, patched)
+        with pytest.raises(RuntimeError, match="killed"):
+            pretrain.run(config(), run)
+    assert pretrain.run(config(), run)
+    # All that the checkpoints hold, the target network and the centre among it.
+    items = [saved_arrays(folder / "checkpoints" / "5") for folder in (whole, run)]
+    assert items[0].keys() == items[1].keys()
+    for item, arrays in items[0].items():
+        for a, b in zip(jax.tree.leaves(arrays), jax.tree.leaves(items[1][item]), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=item)
+    online, served = items[0]["variables"]["params"], load_variables(whole, which="latest")[0]
+    target = items[0]["ema_params"] if method == "dino" else items[0]["extra"]["target"]
+    expected, other = (target, online) if method == "dino" else (online, target)
+    for a, b in zip(jax.tree.leaves(served["params"]), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    kernel = ["backbone", "stem", "conv1", "kernel"]
+    a, b = (reduce(lambda tree, key: tree[key], kernel, tree) for tree in (expected, other))
+    assert np.abs(a - b).max() > 0
+
+
+def saved_arrays(folder):
+    """{item: arrays} of a checkpoint's folder, without its key."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return {
+            item.name: checkpointer.restore(item)
+            for item in folder.iterdir()
+            if item.name in ("variables", "ema_params", "extra")
+        }
+
+
 def test_time_limit_stops_saves_and_resumes(drawn_root, pretrained, tmp_path, monkeypatch):
     config = tiny("pretrain", drawn_root, max_minutes=1e-6)
     stops = 0
@@ -146,10 +186,17 @@ def test_finished_run_is_left_as_it_is(drawn_root, pretrained):
     assert time.monotonic() - started < 60
 
 
+def test_pretraining_draws_its_curves_and_the_views_it_sees(pretrained):
+    assert (pretrained / "curves.png").is_file()
+    with Image.open(pretrained / "views.png") as sheet:
+        assert sheet.size == (6 * (32 + 14) + 14, 6 * (32 + 14) + 14)  # 12 faces, 3 tiles each
+
+
 def test_run_writes_what_reproduces_it(finetuned):
     info = json.loads((finetuned / "run.json").read_text())
     assert info["finished"] and info["step"] == 8 and info["data_fingerprint"]
     assert info["versions"]["jax"] == jax.__version__
+    assert (finetuned / "curves.png").is_file()
     config = json.loads((finetuned / "config.json").read_text())
     assert config["model"]["name"] == "coatnet_atto"
     assert "drawn by this program" in (finetuned / "MODEL_CARD.md").read_text()

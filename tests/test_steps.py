@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from coatnet_jax.augment import simclr_view, supervised_view
 from coatnet_jax.coatnet import CoAtNet, CoAtNetConfig
 from coatnet_jax.finetune import finetune_train_step
-from coatnet_jax.heads import AgeModel, ProjectionHead, SimCLRModel
+from coatnet_jax.heads import AgeModel, ProjectionHead, SiameseModel
 from coatnet_jax.pretrain import pretrain_train_step
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_batch
+from coatnet_jax.ssl.simclr import SimCLR
+from coatnet_jax.ssl.simsiam import SimSiam
 from coatnet_jax.train_state import create_train_state, init_variables
 
 SMALL = CoAtNetConfig(widths=(8, 8, 16, 32, 32), depths=(1, 1, 1, 1, 1))
@@ -35,13 +38,13 @@ def make_batch(b=16):
 
 
 def pretrain_parts():
-    model = SimCLRModel(CoAtNet(SMALL), ProjectionHead(layers=2, hidden=16, out=8))
+    model = SiameseModel(CoAtNet(SMALL), ProjectionHead(layers=2, hidden=16, out=8))
     step = partial(
         pretrain_train_step,
         model=model,
         view=partial(simclr_view, size=SIZE),
-        temperature=0.2,
-        decoupled=False,
+        method=SimCLR(),
+        total_steps=100,
     )
     return model, step
 
@@ -118,6 +121,34 @@ def test_moving_average_follows_the_parameters():
     expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, start, state.params)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(state.ema_params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+class Plain(nn.Module):
+    """A linear layer: nothing in it looks at other images, as BatchNorm does."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.Dense(8, use_bias=False)(x.reshape(len(x), -1))
+
+
+def whole_image(rng, images):
+    return images.astype(jnp.float32) / 255
+
+
+@pytest.mark.parametrize(("method", "equal"), [(SimSiam(), True), (SimCLR(), False)])
+def test_accumulated_gradients_are_those_of_the_batch_only_for_losses_of_single_images(
+    method, equal
+):
+    model = SiameseModel(Plain(), Plain(), Plain())
+    step = partial(pretrain_train_step, model=model, view=whole_image, method=method, total_steps=9)
+    kernels = []
+    for parts, devices in ((1, 1), (4, 2)):
+        mesh = make_mesh(devices)
+        variables = init_variables(jax.random.key(0), model, image_size=40)
+        state = replicate(create_train_state(jax.random.key(1), variables, SGD), mesh)
+        state, _ = step(state, shard_batch(make_batch(), mesh), tx=SGD, accumulate=parts)
+        kernels.append(np.asarray(state.params["backbone"]["Dense_0"]["kernel"]))
+    assert np.allclose(*kernels, atol=1e-6) == equal
 
 
 def test_batch_that_does_not_fit_the_devices_is_refused():

@@ -1,0 +1,1 @@
+"""Self-supervised methods: how two views of each face teach an encoder."""

@@ -1,0 +1,54 @@
+"""Metrics to TensorBoard or Weights & Biases too, for those who ask for it with `config.track`."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_collections
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+Tracker = Callable[..., None]
+
+
+def open_trackers(config: ml_collections.ConfigDict, workdir: Path) -> list[Tracker]:
+    """A function `(step, split, metrics)` for each name in `config.track`, separated by commas.
+
+    TensorBoard files go to `workdir`/tensorboard. Raises ValueError for another name, or where the
+    package is not installed.
+    """
+    names = [name for name in config.get("track", "").split(",") if name]
+    return [_tracker(name, config, workdir) for name in names]
+
+
+def _tracker(name: str, config: ml_collections.ConfigDict, workdir: Path) -> Tracker:
+    if name not in PACKAGES:
+        raise ValueError(f"unknown config.track {name!r}: choose from {', '.join(PACKAGES)}")
+    try:
+        package = importlib.import_module(PACKAGES[name])
+    except ImportError:
+        raise ValueError(
+            f"config.track={name} needs a package: pip install {PACKAGES[name]}"
+        ) from None
+    if name == "tensorboard":
+        writer = package.SummaryWriter(str(workdir / "tensorboard"))
+
+        def track(step: int, split: str, metrics: dict[str, float]) -> None:
+            for key, value in metrics.items():
+                writer.add_scalar(f"{split}/{key}", value, step)
+            writer.flush()
+
+    else:
+        # The same id in a resumed run, so that it goes on in the same curves.
+        run = package.init(
+            project="coatnet-jax",
+            name=workdir.name,
+            id=f"{workdir.parent.name}-{workdir.name}",
+            resume="allow",
+            dir=str(workdir),
+            config=config.to_dict(),
+        )
+
+        def track(step: int, split: str, metrics: dict[str, float]) -> None:
+            run.log({f"{split}/{key}": value for key, value in metrics.items()}, step=step)
+
+    return track

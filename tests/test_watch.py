@@ -1,0 +1,64 @@
+"""Monitors of the latent space against definitions, and metrics sent elsewhere."""
+
+import sys
+from types import SimpleNamespace
+
+import ml_collections
+import numpy as np
+import pytest
+
+from coatnet_jax.logs import MetricsLog
+from coatnet_jax.ssl.watch import alignment_and_uniformity, collapse_warning, rank_me
+from coatnet_jax.tracking import open_trackers
+
+
+def test_rank_me_counts_the_dimensions_in_use():
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.normal(size=(40, 8)))
+    assert rank_me(basis) == pytest.approx(8, rel=1e-3)
+    assert rank_me(basis[:, :3] @ rng.normal(size=(3, 8))) < 3.01
+    assert rank_me(np.ones((40, 8))) == pytest.approx(1, rel=1e-3)
+    values = np.array([3.0, 2.0, 1.0]) / 6
+    expected = np.exp(-(values * np.log(values)).sum())
+    assert rank_me(basis[:, :3] * [3, 2, 1]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_alignment_and_uniformity_match_loops():
+    z = np.random.default_rng(0).normal(size=(12, 5))
+    found = alignment_and_uniformity(z.astype(np.float32))
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    alignment = np.mean([((z[i] - z[i + 6]) ** 2).sum() for i in range(6)])
+    uniformity = []
+    for view in (z[:6], z[6:]):
+        pairs = [(view[i], view[j]) for i in range(6) for j in range(i)]
+        uniformity.append(np.log(np.mean([np.exp(-2 * ((a - b) ** 2).sum()) for a, b in pairs])))
+    assert float(found["alignment"]) == pytest.approx(alignment, rel=1e-5)
+    assert float(found["uniformity"]) == pytest.approx(np.mean(uniformity), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("std", "rank", "words"),
+    [(0.01, 40, "to one point"), (0.5, 1.2, "to a line"), (0.05, 40, "narrow"), (0.6, 40, "")],
+)
+def test_collapse_is_said_in_words(std, rank, words):
+    warning = collapse_warning(embedding_std=std, rank_me=rank)
+    assert words in warning and bool(warning) == bool(words)
+
+
+def test_metrics_go_to_tensorboard_too(tmp_path, monkeypatch):
+    written = []
+    writer = SimpleNamespace(add_scalar=lambda *row: written.append(row), flush=lambda: None)
+    package = SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "tensorboardX", package)
+    config = ml_collections.ConfigDict({"track": "tensorboard"})
+    log = MetricsLog(tmp_path, trackers=open_trackers(config, tmp_path))
+    log.write(step=3, epoch=0.5, split="train", loss=1.5)
+    assert written == [("train/loss", 1.5, 3)]
+
+
+def test_tracker_without_its_package_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for track, message in (("wandb", "pip install wandb"), ("mlflow", "choose from tensorboard")):
+        with pytest.raises(ValueError, match=message):
+            open_trackers(ml_collections.ConfigDict({"track": track}), tmp_path)
+    assert open_trackers(ml_collections.ConfigDict(), tmp_path) == []
