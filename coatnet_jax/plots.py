@@ -60,7 +60,8 @@ STYLE = {
 BLUES = LinearSegmentedColormap.from_list("blues", ["#E6F0F8", "#7DB4DA", BLUE, "#043D66"])
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write the figure with a narrow margin; gives back its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
@@ -150,7 +151,7 @@ def tsne_grid(
             _group_legend(ax, values, names, colours)
         if title:
             figure.suptitle(title, x=0.125, y=0.965, ha="left", fontsize=14, fontweight="bold")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _bare(ax) -> None:
@@ -257,7 +258,7 @@ def confusion(
         ax.spines[:].set_visible(False)
         ax.set(xlabel="predicted class", ylabel="true class")
         ax.set_title(title, pad=10)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def predicted_against_true(
@@ -311,7 +312,7 @@ def predicted_against_true(
         ax.grid(True, linewidth=0.7)
         ax.legend(loc="upper left", fontsize=10)
         ax.set_title(title, pad=10)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _running_quantiles(age, predicted, window):
@@ -388,7 +389,7 @@ def error_by_band(
         )
         ax.grid(axis="y", linewidth=0.7)
         ax.set_title(title, pad=10)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -463,7 +464,7 @@ def training_curves(
             ax.legend(fontsize=9.5)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _curves(rows) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -566,6 +567,26 @@ def annotated(
             _shortened(caption, font, side - 2 * left),
             font=font,
             fill=MUTED,
+            anchor="lm",
+        )
+    return np.asarray(sheet)
+
+
+def captioned(
+    image: UInt8[np.ndarray, "s s 3"], lines: Sequence[str]
+) -> UInt8[np.ndarray, "h s 3"]:
+    """The picture with lines of text below, the first in bold."""
+    side = image.shape[1]
+    unit = side / 256
+    sheet = Image.new("RGB", (side, image.shape[0] + round((10 + 21 * len(lines)) * unit)), "white")
+    sheet.paste(Image.fromarray(image), (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for row, text in enumerate(lines):
+        draw.text(
+            (6 * unit, image.shape[0] + (15 + 21 * row) * unit),
+            text,
+            font=_font((14 if row else 15) * unit, row == 0),
+            fill=MUTED if row else INK,
             anchor="lm",
         )
     return np.asarray(sheet)
