@@ -50,13 +50,11 @@ def cumulative_scores(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.4, 4.2))
         ax = figure.add_subplot()
+        dots = {"linewidth": 2.2, "marker": "o"}
         if constant is not None:
-            ax.plot(years, 100 * np.array(constant), color=GREY, linewidth=2, marker="o")
-            ax.text(
-                years[-1] + 0.2, 100 * constant[-1], "constant\nanswer", color=MUTED, va="center"
-            )
-        ax.plot(years, 100 * np.array(scores), color=BLUE, linewidth=2.4, marker="o")
-        ax.text(years[-1] + 0.2, 100 * scores[-1], "model", color=BLUE, va="center", weight="bold")
+            label = "always the median age"
+            ax.plot(years, 100 * np.array(constant), color=GREY, label=label, **dots)
+        ax.plot(years, 100 * np.array(scores), color=BLUE, label="model", **dots)
         for x, score in zip(years, scores, strict=True):
             ax.annotate(
                 f"{100 * score:.0f}",
@@ -68,7 +66,7 @@ def cumulative_scores(
             )
         ax.set(
             xticks=years,
-            xlim=(0.6, years[-1] + 1.6),
+            xlim=(0.6, years[-1] + 0.4),
             ylim=(0, 108),
             yticks=range(0, 101, 20),
             xlabel="error of at most … years",
@@ -76,6 +74,7 @@ def cumulative_scores(
         )
         ax.grid(axis="y", linewidth=0.7)
         ax.tick_params(length=0)
+        ax.legend(loc="lower right")
         ax.set_title("Cumulative score", pad=10)
         return save_figure(figure, path)
 

@@ -138,6 +138,18 @@ def _parser() -> argparse.ArgumentParser:
         "--no-flip", action="store_true", help="do not average with the mirror image"
     )
 
+    compare = add("compare", _compare, "runs side by side: paired differences, means over seeds")
+    compare.add_argument(
+        "run_dirs", nargs="+", metavar="RUN", help="workdirs; the first is held to"
+    )
+    compare.add_argument(
+        "--on",
+        dest="evaluation",
+        default="test",
+        help="folder in RUN/evaluate to compare (default: test)",
+    )
+    compare.add_argument("--out", default="comparison", help="folder for the results")
+
     predict = add("predict", _predict, "ages of face crops: a table, a CSV and annotated pictures")
     predict.add_argument("run_dir", help="workdir of a fine-tuning run")
     predict.add_argument("inputs", nargs="+", help="pictures or folders")
@@ -254,6 +266,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         which=arguments.which,
         splits=arguments.splits,
         show_faces=not arguments.no_faces,
+    )
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.compare import run
+    from coatnet_jax.evaluate import run as evaluate
+
+    run(
+        arguments.run_dirs,
+        evaluation=arguments.evaluation,
+        out=arguments.out,
+        evaluate=(lambda path: evaluate(path, _data_of(path)))
+        if arguments.evaluation == "test"
+        else None,
     )
 
 

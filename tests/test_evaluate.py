@@ -253,7 +253,8 @@ def test_run_writes_all_files_with_a_row_for_each_image(joined, tmp_path, capsys
     assert f"MAE {result['mae']:.2f}" in capsys.readouterr().out
 
 
-def test_intervals_are_set_on_validation_and_judged_on_test(joined):
+def test_intervals_are_set_on_validation_and_judged_on_test(joined, monkeypatch):
+    monkeypatch.setattr(evaluate, "write_results", lambda *_, **__: None)
     result = evaluate.run(joined.run, joined.data)
     found = json.loads((joined.run / "conformal.json").read_text())
     assert (found["faces"], found["split"], found["step"]) == (500, "validation", 7)
@@ -266,7 +267,8 @@ def test_intervals_are_set_on_validation_and_judged_on_test(joined):
 
 
 @pytest.mark.parametrize("options", [{"which": "latest"}, {"flip": False}])
-def test_constants_are_kept_only_of_what_predict_does(joined, options):
+def test_constants_are_kept_only_of_what_predict_does(joined, monkeypatch, options):
+    monkeypatch.setattr(evaluate, "write_results", lambda *_, **__: None)
     result = evaluate.run(joined.run, joined.data, show_faces=False, **options)
     assert result["conformal"]["constants"]["years"] > 0
     assert not (joined.run / "conformal.json").exists()
