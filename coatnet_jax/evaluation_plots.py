@@ -91,8 +91,9 @@ def calibration(path: Path, found: Mapping[str, Any]) -> Path:
         bins = len(shares)
         right.bar(np.arange(bins) + 0.5, shares, width=0.9, color=BLUE)
         right.axhline(100 / bins, color=RED, linewidth=1.4, linestyle=(0, (5, 3)))
-        right.text(bins, 100 / bins, " right", color=RED, va="center", fontsize=10)
+        right.text(bins + 0.1, 100 / bins, " ideal", color=RED, va="center", fontsize=10)
         right.set(
+            xlim=(-0.1, bins + 0.1),
             xticks=range(0, bins + 1, 2),
             xticklabels=[f"{i / bins:.1f}" for i in range(0, bins + 1, 2)],
             xlabel="where the true age falls in the predicted distribution",
@@ -111,7 +112,7 @@ def _reliability(ax, rows: Sequence[Mapping[str, Any]]) -> None:
     x = [100 * row["confidence"] for row in rows]
     y = [100 * row["accuracy"] for row in rows]
     ax.plot([0, 100], [0, 100], color=RED, linewidth=1.4, linestyle=(0, (5, 3)))
-    ax.text(3, 8, "right", color=RED, fontsize=10, rotation=40)
+    ax.text(3, 8, "ideal", color=RED, fontsize=10, rotation=40)
     ax.plot(x, y, color=SKY, linewidth=1.2, zorder=2)
     ax.scatter(x, y, s=20 + 380 * support / support.max(), color=BLUE, alpha=0.85, zorder=3)
     ax.set(

@@ -259,7 +259,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     run(
         Path(arguments.run_dir),
         _run_data(arguments),
-        training_folder=_data_of(arguments.run_dir, root=arguments.root),
+        training_folder=_training_data(arguments),
         split=arguments.split,
         out=arguments.out,
         flip=not arguments.no_flip,
@@ -267,6 +267,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         splits=arguments.splits,
         show_faces=not arguments.no_faces,
     )
+
+
+def _training_data(arguments: argparse.Namespace) -> Path:
+    """Folder of the set that the run was trained on: under --root, else where it was then."""
+    given = _data_of(arguments.run_dir, root=arguments.root)
+    then = _data_of(arguments.run_dir)
+    return then if then.is_dir() and not given.is_dir() else given
 
 
 def _compare(arguments: argparse.Namespace) -> None:
