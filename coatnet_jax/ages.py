@@ -1,8 +1,8 @@
 """Ages as a distribution over whole years, and the answers read from it.
 
 A model gives one probability to each age 0-116. The median in years and the four age classes are
-both read from those same probabilities, so the two answers cannot disagree. Every function takes
-NumPy or JAX arrays and gives back the same kind.
+both read from those same probabilities, so the two answers cannot disagree. Every function but
+`age_quantile` takes NumPy or JAX arrays and gives back the same kind.
 """
 
 import jax
@@ -61,6 +61,21 @@ def median_age(p: Float[Array, "... 117"]) -> Float[Array, "..."]:
     tiny = xp.finfo(p.dtype).tiny
     inside = xp.clip((half - before) / xp.maximum(mass, tiny), _INSIDE, 1 - _INSIDE)
     return (year.astype(p.dtype) - 0.5 + inside)[..., 0]
+
+
+def age_quantile(p: Float[np.ndarray, "... 117"], q: float) -> Float[np.ndarray, "..."]:
+    """The q-quantile of the age in years; a year's probability is spread evenly over [a-.5, a+.5).
+
+    Held to 0-116, as `median_age` is. `p` need not sum to one.
+    """
+    p = np.asarray(p, np.float64)
+    cumulative = np.cumsum(p, axis=-1)
+    target = q * cumulative[..., -1:]
+    year = np.argmax(cumulative >= target, axis=-1)[..., None]
+    mass = np.take_along_axis(p, year, axis=-1)
+    before = np.take_along_axis(cumulative, year, axis=-1) - mass
+    inside = np.clip((target - before) / np.maximum(mass, np.finfo(np.float64).tiny), 0, 1)
+    return np.clip(year - 0.5 + inside, 0, N_AGES - 1)[..., 0]
 
 
 def most_likely_age(p: Float[Array, "... 117"]) -> Int[Array, "..."]:

@@ -135,10 +135,27 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--name", help="another prepared data set than the run's own")
         command.add_argument("--root", help="folder for built data (default: the run's)")
     embed.add_argument("--max-points", type=int, default=2000, help="points of the t-SNE")
+    evaluate.add_argument("--on", dest="name", help="the same as --name")
+    evaluate.add_argument("--splits", help="table of splits (default: the run's own)")
+    evaluate.add_argument(
+        "--no-faces", action="store_true", help="no picture of the faces with the largest errors"
+    )
     evaluate.add_argument("--which", default="best", help="checkpoint: best, latest or a step")
     evaluate.add_argument(
         "--no-flip", action="store_true", help="do not average with the mirror image"
     )
+
+    compare = add("compare", _compare, "runs side by side: paired differences, means over seeds")
+    compare.add_argument(
+        "run_dirs", nargs="+", metavar="RUN", help="workdirs; the first is held to"
+    )
+    compare.add_argument(
+        "--on",
+        dest="evaluation",
+        default="test",
+        help="folder in RUN/evaluate to compare (default: test)",
+    )
+    compare.add_argument("--out", default="comparison", help="folder for the results")
 
     predict = add("predict", _predict, "ages of the faces in photos: a table, a CSV, pictures")
     predict.add_argument("run_dir", help="workdir of a fine-tuning run")
@@ -252,12 +269,15 @@ def _explore(arguments: argparse.Namespace) -> None:
 
 def _run_data(arguments: argparse.Namespace) -> Path:
     """Folder of the data set to measure on: the run's own unless another is named."""
+    return _data_of(arguments.run_dir, name=arguments.name, root=arguments.root)
+
+
+def _data_of(run_dir: str, *, name: str | None = None, root: str | None = None) -> Path:
     from coatnet_jax.config import read_config
     from coatnet_jax.paths import data_folder
 
-    data = read_config(Path(arguments.run_dir) / "config.json").data
-    root = data.root if arguments.root is None else arguments.root
-    return data_folder(arguments.name or data.name, root)
+    data = read_config(Path(run_dir) / "config.json").data
+    return data_folder(name or data.name, data.root if root is None else root)
 
 
 def _embed(arguments: argparse.Namespace) -> None:
@@ -278,10 +298,34 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     run(
         Path(arguments.run_dir),
         _run_data(arguments),
+        training_folder=_training_data(arguments),
         split=arguments.split,
         out=arguments.out,
         flip=not arguments.no_flip,
         which=arguments.which,
+        splits=arguments.splits,
+        show_faces=not arguments.no_faces,
+    )
+
+
+def _training_data(arguments: argparse.Namespace) -> Path:
+    """Folder of the set that the run was trained on: under --root, else where it was then."""
+    given = _data_of(arguments.run_dir, root=arguments.root)
+    then = _data_of(arguments.run_dir)
+    return then if then.is_dir() and not given.is_dir() else given
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.compare import run
+    from coatnet_jax.evaluate import run as evaluate
+
+    run(
+        arguments.run_dirs,
+        evaluation=arguments.evaluation,
+        out=arguments.out,
+        evaluate=(lambda path: evaluate(path, _data_of(path)))
+        if arguments.evaluation == "test"
+        else None,
     )
 
 

@@ -49,9 +49,17 @@ code { background: var(--soft); padding: .1em .3em; border-radius: 4px; }
 pre { background: var(--soft); padding: .8rem 1rem; border-radius: 8px; overflow-x: auto; }
 pre code { padding: 0; background: none; }
 summary { cursor: pointer; color: var(--accent); }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem;
+  margin: 1.2rem 0; }
+.fact { background: var(--soft); border-left: 4px solid var(--accent); border-radius: 6px;
+  padding: .8rem 1rem; display: flex; flex-direction: column; }
+.fact strong { font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.fact .note { margin-top: .2rem; }
 @media (max-width: 40rem) {
   body { padding: 1.25rem .9rem 3rem; font-size: 15px; }
-  h1 { font-size: 1.4rem; } th, td { padding: .32rem .55rem; }
+  h1 { font-size: 1.4rem; } .facts { grid-template-columns: 1fr 1fr; gap: .6rem; }
+  .fact { padding: .6rem .7rem; } .fact strong { font-size: 1.35rem; }
+  th, td { padding: .32rem .55rem; }
   figure img.wide { max-width: none; width: 46rem; }
 }
 """
@@ -63,9 +71,10 @@ def write_report(
     """Write `<name>.html` and `<name>.md` under `out_dir`; give back both paths.
 
     A section is `{'title': …, 'blocks': […]}` and a block one of `{'text': paragraph}`,
-    `{'table': [row dict, …], 'note': …}`, `{'figure': path, 'caption': …, 'wide': True}` and
-    `{'code': lines, 'summary': …}` (with a summary it is folded). A wide figure keeps its size on
-    a phone and scrolls; flat ones do so unasked. Texts know `code` and **bold**.
+    `{'table': [row dict, …], 'note': …}` (with a 'summary' it is folded), `{'figure': path,
+    'caption': …, 'wide': True}`, `{'facts': [(value, what, note), …]}` (a few large figures side by
+    side) and `{'code': lines, 'summary': …}` (with a summary it is folded). A wide figure keeps its
+    size on a phone and scrolls; flat ones do so unasked. Texts know `code` and **bold**.
     Pictures are put into the HTML; the Markdown links to them relative to `out_dir`. A section
     without blocks is left out. Raises FileNotFoundError for a missing picture, ValueError for
     an unknown block.
@@ -98,6 +107,12 @@ def cell(value: Any) -> str:
 def percent(share: float | None) -> str:
     """A share 0-1 as '53.9 %', unknown as '–'."""
     return "–" if share is None or math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def share_range(interval: Sequence[float]) -> str:
+    """Two shares 0-1 as '52.1–55.8 %'."""
+    low, high = (100 * share for share in interval)
+    return f"{low:.1f}–{high:.1f} %"
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -142,8 +157,11 @@ def _markdown_block(block: Mapping[str, Any], folder: Path) -> str:
     if "text" in block:
         return block["text"]
     if "table" in block:
+        summary = f"{block['summary']}:\n\n" if block.get("summary") else ""
         note = f"\n\n{block['note']}" if block.get("note") else ""
-        return markdown_table(block["table"]) + note
+        return summary + markdown_table(block["table"]) + note
+    if "facts" in block:
+        return "\n".join(f"- **{value}** {what} ({note})" for value, what, note in block["facts"])
     if "figure" in block:
         link = quote(Path(os.path.relpath(block["figure"], folder)).as_posix())
         return f"![{block.get('caption', '')}]({link})"
@@ -151,7 +169,7 @@ def _markdown_block(block: Mapping[str, Any], folder: Path) -> str:
         summary = f"{block['summary']}:\n\n" if block.get("summary") else ""
         return f"{summary}```\n{block['code']}\n```"
     raise ValueError(
-        f"unknown report block with keys {', '.join(block)}: use text, table, figure, code"
+        f"unknown report block with keys {', '.join(block)}: use text, table, figure, facts, code"
     )
 
 
@@ -176,7 +194,12 @@ def _html_block(block: Mapping[str, Any]) -> str:
         return f"<p>{_html_text(block['text'])}</p>"
     if "table" in block:
         note = f'<p class="note">{_html_text(block["note"])}</p>' if block.get("note") else ""
-        return _html_table(block["table"]) + note
+        table = _html_table(block["table"]) + note
+        if not block.get("summary"):
+            return table
+        return f"<details><summary>{_html_text(block['summary'])}</summary>{table}</details>"
+    if "facts" in block:
+        return _html_facts(block["facts"])
     if "figure" in block:
         return _html_figure(
             Path(block["figure"]), block.get("caption", ""), wide=block.get("wide", False)
@@ -187,7 +210,7 @@ def _html_block(block: Mapping[str, Any]) -> str:
             return code
         return f"<details><summary>{_html_text(block['summary'])}</summary>{code}</details>"
     raise ValueError(
-        f"unknown report block with keys {', '.join(block)}: use text, table, figure, code"
+        f"unknown report block with keys {', '.join(block)}: use text, table, figure, facts, code"
     )
 
 
@@ -195,6 +218,15 @@ def _html_text(text: str) -> str:
     text = html.escape(text)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
+
+
+def _html_facts(facts: Sequence[tuple[str, str, str]]) -> str:
+    cards = (
+        f'<div class="fact"><strong>{html.escape(value)}</strong><span>{_html_text(what)}</span>'
+        f'<span class="note">{_html_text(note)}</span></div>'
+        for value, what, note in facts
+    )
+    return f'<div class="facts">{"".join(cards)}</div>'
 
 
 def _html_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -61,6 +61,7 @@ BLUES = LinearSegmentedColormap.from_list("blues", ["#E6F0F8", "#7DB4DA", BLUE, 
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write the figure with a narrow margin; gives back its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
@@ -603,6 +604,26 @@ def boxed(
         place = (left + font.size * 0.3, top + high / 2)
         ink = "white" if colour in (BLUE, RED) else INK
         draw.text(place, text, font=font, fill=ink, anchor="lm")
+    return np.asarray(sheet)
+
+
+def captioned(
+    image: UInt8[np.ndarray, "s s 3"], lines: Sequence[str]
+) -> UInt8[np.ndarray, "h s 3"]:
+    """The picture with lines of text below, the first in bold."""
+    side = image.shape[1]
+    unit = side / 256
+    sheet = Image.new("RGB", (side, image.shape[0] + round((10 + 21 * len(lines)) * unit)), "white")
+    sheet.paste(Image.fromarray(image), (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for row, text in enumerate(lines):
+        draw.text(
+            (6 * unit, image.shape[0] + (15 + 21 * row) * unit),
+            text,
+            font=label_font((14 if row else 15) * unit, row == 0),
+            fill=MUTED if row else INK,
+            anchor="lm",
+        )
     return np.asarray(sheet)
 
 

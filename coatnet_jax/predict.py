@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from coatnet_jax import plots
-from coatnet_jax.ages import CLASS_NAMES, N_AGES, age_class, class_probabilities, median_age
+from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, median_age
+from coatnet_jax.conformal import conformal_interval, posterior_interval, read_constants
 from coatnet_jax.inference import Run, load_run
 from coatnet_jax.pages import write_csv
 from input_pipeline.face_crops import (
@@ -33,7 +34,6 @@ from input_pipeline.images import centre_square
 ENDINGS = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif"}
 # Looked for in folders too, so that they are named as unreadable instead of passed over.
 UNSUPPORTED = {".heic", ".heif", ".avif", ".gif"}
-INTERVAL = (0.05, 0.95)
 ON_SHEET = 24
 CROP_SIDE = 400  # px; a square picture up to this may be a face crop in which no face is found
 ENLARGED = 2.0  # a face is noted as small when its crop is enlarged by more than this
@@ -83,7 +83,10 @@ def run(
         raise ValueError(
             f"{run_dir} is a {model.stage} run without an age head; predict with a finetune run"
         )
-    rows, skipped = predict_files(model, paths, find=find, batch_size=batch_size)
+    constants = read_constants(Path(run_dir), step=model.step)
+    rows, skipped = predict_files(
+        model, paths, find=find, batch_size=batch_size, constants=constants
+    )
     if not rows:
         wanted = "shows a face that can be used" if find else "is a readable image"
         raise ValueError(f"none of {len(paths)} files {wanted}; {_reason(skipped)}")
@@ -93,6 +96,11 @@ def run(
     elif (out / "skipped.csv").exists():
         (out / "skipped.csv").unlink()  # of an earlier run into the same folder
     print(table(rows, skipped))
+    if not constants:
+        print(
+            "intervals are the model's own (posterior), not calibrated: coatnet-jax evaluate "
+            f"{run_dir} calibrates them"
+        )
     if annotate:
         write_pictures(out, rows)
     also = ", predictions.png and annotated/" if annotate else ""
@@ -207,7 +215,12 @@ def _no_face(image: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 def predict_files(
-    model: Run, paths: Sequence[Path], *, find: Find | None = None, batch_size: int = 32
+    model: Run,
+    paths: Sequence[Path],
+    *,
+    find: Find | None = None,
+    batch_size: int = 32,
+    constants: Mapping[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """(rows as in `prediction_row`, skipped as {'file', 'reason'}), a batch at a time."""
     rows, skipped = [], []
@@ -216,7 +229,8 @@ def predict_files(
     def flush(count: int) -> None:
         if batch := waiting[:count]:
             p = model.probabilities(np.stack([crop for _, crop in batch]))
-            rows.extend(prediction_row(look, q) for (look, _), q in zip(batch, p, strict=True))
+            named = zip(batch, p, strict=True)
+            rows.extend(prediction_row(look, q, constants=constants) for (look, _), q in named)
             del waiting[:count]
 
     for path in paths:
@@ -235,19 +249,23 @@ def predict_files(
     return rows, skipped
 
 
-def prediction_row(look: Look, p: Float[np.ndarray, " 117"]) -> dict[str, Any]:
-    """What `p` says: age (posterior median) and 5-95 % quantiles in years, class, probabilities.
+def prediction_row(
+    look: Look, p: Float[np.ndarray, " 117"], *, constants: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `p` says: age (posterior median) and its 90 % interval in years, class, probabilities.
 
-    `probability` is that of the class that holds the median, so age and class never disagree. The
-    box is in pixels of the upright photo, None where the picture was taken whole. Raises ValueError
-    when `p` holds NaN.
+    `interval` says whose interval it is: 'conformal' with the constants of an evaluation, else
+    'posterior', the 5 and 95 % quantiles as the model believes them. `probability` is that of the
+    class that holds the median, so age and class never disagree. The box is in pixels of the
+    upright photo, None where the picture was taken whole. Raises ValueError when `p` holds NaN.
     """
     p = np.asarray(p, np.float64)
     if not np.isfinite(p).all():
         raise ValueError("the predictions hold NaN: the run diverged, take an earlier checkpoint")
     age, classes = float(median_age(p)), class_probabilities(p)
     chosen = int(age_class(np.float64(age)))
-    low, high = (float(age_quantile(p, q)) for q in INTERVAL)
+    ends = conformal_interval(p, constants["years"]) if constants else posterior_interval(p)
+    low, high = map(float, ends)
     box = look.face.box.round(1).tolist() if look.face else [None] * 4
     return {
         "file": str(look.path),
@@ -256,6 +274,7 @@ def prediction_row(look: Look, p: Float[np.ndarray, " 117"]) -> dict[str, Any]:
         "age": round(age, 2),
         "low": round(low, 2),
         "high": round(high, 2),
+        "interval": "conformal" if constants else "posterior",
         "class": CLASS_NAMES[chosen],
         "probability": round(float(classes[chosen]), 4),
         **{f"p_{name}": round(float(v), 4) for name, v in zip(CLASS_NAMES, classes, strict=True)},
@@ -265,25 +284,10 @@ def prediction_row(look: Look, p: Float[np.ndarray, " 117"]) -> dict[str, Any]:
     }
 
 
-def age_quantile(p: Float[np.ndarray, "... 117"], q: float) -> Float[np.ndarray, "..."]:
-    """The q-quantile of the age in years; a year's probability is spread evenly over [a-.5, a+.5).
-
-    Held to 0-116, as `median_age` is. `p` need not sum to one.
-    """
-    p = np.asarray(p, np.float64)
-    cumulative = np.cumsum(p, axis=-1)
-    target = q * cumulative[..., -1:]
-    year = np.argmax(cumulative >= target, axis=-1)[..., None]
-    mass = np.take_along_axis(p, year, axis=-1)
-    before = np.take_along_axis(cumulative, year, axis=-1) - mass
-    inside = np.clip((target - before) / np.maximum(mass, np.finfo(np.float64).tiny), 0, 1)
-    return np.clip(year - 0.5 + inside, 0, N_AGES - 1)[..., 0]
-
-
 def table(rows: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]] = ()) -> str:
-    """The rows as text: file, age, 90 % interval, class, its probability, note; then the skipped,
-    with '–' for the age and the reason for a note."""
-    lines = [("file", "age", "90 %", "class", "p", "")]
+    """The rows as text: file, age, 90 % interval and its kind, class, its probability, note; then
+    the skipped, with '–' for the age and the reason for a note."""
+    lines = [("file", "age", f"90 % {rows[0]['interval']}", "class", "p", "")]
     for row in rows:
         of = f" ({row['face']} of {row['faces']})" if row["faces"] > 1 else ""
         lines.append(

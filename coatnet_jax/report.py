@@ -11,12 +11,11 @@ from typing import Any
 
 from coatnet_jax import embed, evaluate, plots
 from coatnet_jax.pages import cell, percent, write_report
-from coatnet_jax.terms import data_terms
+from coatnet_jax.terms import LOCAL, data_terms
 
 __all__ = ["run_report", "write_report"]
 
 STAGES = (("pretrain", "Pre-training"), ("finetune", "Fine-tuning"))
-LOCAL = "This page holds pictures of faces: it is meant for this machine, so do not publish it."
 # Keys of a config that tell one run from another, in the order of the table.
 HYPERPARAMETERS = (
     "model.name", "model.image_size", "model.dtype", "model.drop_path", "epochs", "batch_size",

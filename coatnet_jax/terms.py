@@ -22,6 +22,7 @@ LIMITS = (
     "groups are fewer, and errors differ between them. Training saw aligned, frontal crops: "
     "anything else is out of its range."
 )
+LOCAL = "This page holds pictures of faces: it is meant for this machine, so do not publish it."
 DISCOURAGED = (
     "It is for research and for learning. Do not use it to decide anything about a person: access, "
     "eligibility, employment, police or border work, advertising, or whether somebody is a child."

@@ -79,7 +79,8 @@ class Faces:
 
 
 def open_split(folder: str | Path, split: str, *, splits: str | Path = "default") -> Faces:
-    """Returns the images of `split` (or several, `train+validation`) in the prepared `folder`.
+    """Returns the images of `split` in the prepared `folder`; several are joined with a plus
+    (`train+validation`), and `all` is every one in the split file.
 
     `splits` names a file in `folder/splits`, or is the path of a CSV with the columns file and
     split. Raises FileNotFoundError or ValueError where the folder, the split file or the split is
@@ -94,8 +95,8 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
     names = [found[row] for row in rows]
     if not rows:
         raise ValueError(f"{path}: none of its {len(where)} files is in {folder}")
-    wanted = split.split("+")
     known = sorted({row.split for row in where.values()})
+    wanted = known if split == "all" else split.split("+")
     for part in wanted:
         if part not in known:
             near = difflib.get_close_matches(part, known, 1)

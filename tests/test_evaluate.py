@@ -4,13 +4,14 @@ import csv
 import json
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 from sklearn import metrics as oracle
 
-from coatnet_jax import evaluate
+from coatnet_jax import evaluate, leaks
 from coatnet_jax.ages import CLASS_NAMES
 
 
@@ -43,6 +44,18 @@ def test_confusion_and_errors_are_those_counted_by_hand():
     assert result["mae"] == pytest.approx(errors.mean(), abs=1e-3)
     assert result["cs5"] == pytest.approx(10 / 12)
     assert result["accuracy"] == pytest.approx(7 / 12)
+
+
+def test_further_measures_are_those_of_a_loop(many):
+    age, guess = many
+    result = evaluate.score(one_hot(guess), age, train_age=age)
+    errors = [int(g) - int(a) for a, g in zip(age, guess, strict=True)]
+    assert result["bias"] == pytest.approx(sum(errors) / 500, abs=1e-3)
+    assert result["median_error"] == pytest.approx(np.median(np.abs(errors)), abs=1e-3)
+    # one-hot posteriors are read at most 0.5 years off, at 0 and 116
+    for years, found in enumerate(result["cs"], 1):
+        assert found == pytest.approx(sum(abs(e) <= years for e in errors) / 500, abs=0.01)
+    assert result["cs"][4] == result["cs5"] and len(result["cs"]) == 10
 
 
 def test_classes_match_scikit_learn(many):
@@ -112,17 +125,6 @@ def test_empty_classes_give_none_and_a_dash(tmp_path):
     assert [c.strip() for c in line.strip("|").split("|")] == ["<18", "0", "–", "–", "–", "–"]
 
 
-def test_bootstrap_interval_is_seeded_and_near_the_normal_one():
-    values = np.random.default_rng(1).exponential(5, 800)
-    low, high = evaluate.bootstrap_interval(values, seed=3)
-    assert [low, high] == evaluate.bootstrap_interval(values, seed=3)
-    assert [low, high] != evaluate.bootstrap_interval(values, seed=4)
-    half = 1.96 * values.std() / np.sqrt(len(values))
-    low, high = evaluate.bootstrap_interval(values, resamples=4000)
-    assert low == pytest.approx(values.mean() - half, abs=0.03)
-    assert high == pytest.approx(values.mean() + half, abs=0.03)
-
-
 def test_attribute_accuracy_leaves_unknown_labels_out():
     p = {"gender": np.eye(2)[[1, 1, 1, 0]], "race": np.eye(5)[[0, 0, 0, 0]]}
     labels = {"gender": np.array([0, 0, 1, -1]), "race": np.full(4, -1)}
@@ -148,36 +150,64 @@ def test_wrong_input_is_told_in_one_line(p, age, message):
     assert "\n" not in str(error.value)
 
 
+class FakeFaces(SimpleNamespace):
+    """A split whose pictures are one grey JPEG, with labels and hashes of their own."""
+
+    folder = "data"
+
+    def __len__(self):
+        return len(self.labels["age"])
+
+    def read_images(self, rows):
+        return [cv2.imencode(".jpg", np.full((16, 16, 3), 99, np.uint8))[1].tobytes() for _ in rows]
+
+
 def fake_faces(age, split):
-    files = np.array([f"{a}_{i}.jpg" for i, a in enumerate(age)])
-    labels = {"age": age, "gender": age % 2, "race": age % 5, "file": files}
-
-    class Faces(SimpleNamespace):
-        def __len__(self):
-            return len(age)
-
-    return Faces(labels=labels, split=split, fingerprint=f"print-{split}")
+    labels = {
+        "age": age,
+        "gender": age % 2,
+        "race": age % 5,
+        "file": np.array([f"{a}_{i}.jpg" for i, a in enumerate(age)]),
+        "pixel_hash": np.array([f"{split}{i}" for i in range(len(age))]),
+    }
+    return FakeFaces(labels=labels, split=split, fingerprint="print")
 
 
 def fake_run(stage="finetune", **methods):
     config = ConfigDict({"stage": stage, "data": {"splits": "default"}})
     methods = {"has_attributes": False, **methods}
-    return SimpleNamespace(config=config, stage=stage, step=7, source_size=8, **methods)
+    return SimpleNamespace(
+        config=config, stage=stage, step=7, source_size=8, batch_size=64, **methods
+    )
 
 
 @pytest.fixture
-def joined(monkeypatch, many):
-    """`evaluate.run` over fakes: a test split of which the run knows a noisy age."""
+def joined(monkeypatch, many, tmp_path):
+    """`evaluate.run` over fakes: splits of which the run knows a noisy age."""
     age, guess = many
     seen = {}
-    faces = {"test": fake_faces(age, "test"), "train": fake_faces(np.arange(50), "train")}
+    faces = {
+        "test": fake_faces(age, "test"),
+        "validation": fake_faces(age[::-1], "validation"),
+        "train": fake_faces(np.arange(50), "train"),
+    }
+    guesses = {"test": guess, "validation": guess[::-1]}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/labels.csv").touch()
     model = fake_run(
-        probabilities=lambda images, flip: seen.update(flip=flip) or one_hot(guess[images])
+        probabilities=lambda images, flip: seen.update(flip=flip) or images,
+        run_dir=tmp_path / "run",
     )
 
     def predict_split(run, faces, fn, batch_size):
         index = np.arange(len(faces))[::-1]  # rows need not come in the table's order
-        return fn(index), {k: faces.labels[k][index] for k in ("age", "gender", "race")} | {
+        images = (
+            one_hot(guesses[faces.split][index])
+            if fn != model.__dict__.get("attributes")
+            else index
+        )
+        return fn(images), {k: faces.labels[k][index] for k in ("age", "gender", "race")} | {
             "index": index
         }
 
@@ -186,15 +216,19 @@ def joined(monkeypatch, many):
         return faces[split]
 
     monkeypatch.setattr(evaluate, "load_run", lambda *_, **__: model)
-    monkeypatch.setattr(evaluate, "open_split", open_split)
+    for module in (evaluate, leaks):
+        monkeypatch.setattr(module, "open_split", open_split)
     monkeypatch.setattr(evaluate, "predict_split", predict_split)
-    return SimpleNamespace(model=model, faces=faces, seen=seen, age=age, guess=guess)
+    return SimpleNamespace(
+        model=model, faces=faces, seen=seen, age=age, guess=guess,
+        run=tmp_path / "run", data=tmp_path / "data",
+    )  # fmt: skip
 
 
 def test_run_writes_all_files_with_a_row_for_each_image(joined, tmp_path, capsys):
     joined.model.has_attributes = True
     joined.model.attributes = lambda index: np.eye(7)[joined.age[index] % 2]
-    result = evaluate.run(tmp_path / "run", "data", flip=False)
+    result = evaluate.run(joined.run, joined.data, flip=False)
     folder = tmp_path / "run" / "evaluate" / "test"
     assert joined.seen == {"flip": False, "splits": "default"}
     assert json.loads((folder / "metrics.json").read_text()) == result
@@ -208,7 +242,10 @@ def test_run_writes_all_files_with_a_row_for_each_image(joined, tmp_path, capsys
         assert float(row["predicted"]) == pytest.approx(joined.guess[i], abs=0.5)
         assert row["predicted_class"] == CLASS_NAMES[by_hand(joined.guess[i])]
         assert sum(float(row[f"p_{name}"]) for name in CLASS_NAMES) == pytest.approx(1, abs=1e-3)
-    for name in ("confusion.png", "scatter.png", "bands.png"):
+        assert row["pixel_hash"] == f"test{i}" and int(row["gender"]) == joined.age[i] % 2
+        assert float(row["low"]) <= float(row["predicted"]) <= float(row["high"])
+    pictures = "confusion scatter bands cs calibration groups groups_age worst".split()
+    for name in (f"{name}.png" for name in pictures):
         with Image.open(folder / name) as image:
             assert min(image.size) > 300
     assert 'src="data:image/png' in (folder / "report.html").read_text()
@@ -216,21 +253,70 @@ def test_run_writes_all_files_with_a_row_for_each_image(joined, tmp_path, capsys
     assert f"MAE {result['mae']:.2f}" in capsys.readouterr().out
 
 
+def test_intervals_are_set_on_validation_and_judged_on_test(joined, monkeypatch):
+    monkeypatch.setattr(evaluate, "write_results", lambda *_, **__: None)
+    result = evaluate.run(joined.run, joined.data)
+    found = json.loads((joined.run / "conformal.json").read_text())
+    assert (found["faces"], found["split"], found["step"]) == (500, "validation", 7)
+    # the fakes are equal in both splits, and so sure of themselves that the interval is a point
+    errors = np.sort(np.abs(joined.guess - joined.age))
+    assert found["years"] == pytest.approx(errors[451 - 1], abs=0.5)
+    assert 0.9 <= result["conformal"]["covered"] < 0.95
+    assert result["conformal"]["raw_covered"] < 0.2
+    assert result["conformal"]["calibrated_on_these"] == 0
+
+
+@pytest.mark.parametrize("options", [{"which": "latest"}, {"flip": False}])
+def test_constants_are_kept_only_of_what_predict_does(joined, monkeypatch, options):
+    monkeypatch.setattr(evaluate, "write_results", lambda *_, **__: None)
+    result = evaluate.run(joined.run, joined.data, show_faces=False, **options)
+    assert result["conformal"]["constants"]["years"] > 0
+    assert not (joined.run / "conformal.json").exists()
+
+
+def test_without_faces_no_picture_of_them_is_left(joined):
+    evaluate.run(joined.run, joined.data)
+    folder = joined.run / "evaluate" / "test"
+    assert "do not publish it" in (folder / "report.html").read_text()
+    evaluate.run(joined.run, joined.data, show_faces=False)
+    assert not (folder / "worst.png").exists()
+    assert "do not publish it" not in (folder / "report.html").read_text()
+
+
+def test_faces_that_were_trained_on_are_refused(joined):
+    joined.faces["test"].labels["pixel_hash"][[3, 7]] = "train0"
+    with pytest.raises(ValueError, match="2 of the 500 faces .* were in the training split") as e:
+        evaluate.run(joined.run, joined.data)
+    assert "\n" not in str(e.value)
+    assert not (joined.run / "evaluate").exists()
+
+
+def test_another_set_is_named_with_what_the_run_was_trained_on(joined, tmp_path):
+    result = evaluate.run(joined.run, tmp_path / "wild", training_folder=joined.data)
+    assert result["trained_on"] == {
+        "data_name": "data", "splits": "default", "fingerprint": "print", "faces": 50,
+        "same_data": False,
+    }  # fmt: skip
+    page = (joined.run / "evaluate" / "wild-test" / "report.md").read_text()
+    assert "test on another data set" in page and "no promise here" in page
+
+
 def test_report_without_gender_and_race_shows_no_table_of_them(joined, tmp_path):
     joined.model.has_attributes = True
     joined.model.attributes = None  # would raise
     for faces in joined.faces.values():
         faces.labels.update(gender=np.full(len(faces), -1), race=np.full(len(faces), -1))
-    result = evaluate.run(tmp_path / "run", "data")
+    result = evaluate.run(joined.run, joined.data)
     assert "attributes" not in result
     page = (tmp_path / "run" / "evaluate" / "test" / "report.md").read_text()
     assert "| gender" not in page and "auxiliary heads" not in page
+    assert {row["by"] for row in result["groups"]} == {"age"}
 
 
 def test_pretraining_run_and_empty_split_are_refused(joined, tmp_path, monkeypatch):
     joined.faces["test"] = fake_faces(np.zeros(0, int), "test")
     with pytest.raises(ValueError, match="holds no faces"):
-        evaluate.run(tmp_path, "data")
+        evaluate.run(joined.run, joined.data)
     monkeypatch.setattr(evaluate, "load_run", lambda *_, **__: fake_run("pretrain"))
     with pytest.raises(ValueError, match="pretrain run without an age head"):
-        evaluate.run(tmp_path, "data")
+        evaluate.run(joined.run, joined.data)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coatnet_jax import predict
-from coatnet_jax.ages import CLASS_NAMES
+from coatnet_jax import conformal, predict
+from coatnet_jax.ages import CLASS_NAMES, age_quantile
 from coatnet_jax.main import main
 from input_pipeline import mtcnn
 from input_pipeline.face_crops import UTKFACE, Face
@@ -30,7 +30,7 @@ def picture(path, *, colour=(90, 140, 200), size=(80, 60), exif=None, mode="RGB"
 class FakeRun(SimpleNamespace):
     """Answers with the age that the red channel names, one hundred per cent sure."""
 
-    stage, source_size, geometry = "finetune", 32, UTKFACE
+    stage, source_size, geometry, step = "finetune", 32, UTKFACE, 7
 
     def probabilities(self, images, *, flip=True):
         assert images.shape[1:] == (32, 32, 3) and images.dtype == np.uint8
@@ -52,13 +52,13 @@ def test_quantiles_invert_the_cumulative_distribution():
     edges, heights = np.arange(118) - 0.5, np.concatenate([[0], np.cumsum(p)])
     for q in (0.05, 0.3, 0.5, 0.95):
         expected = np.clip(np.interp(q, heights, edges), 0, 116)
-        assert predict.age_quantile(p, q) == pytest.approx(expected, abs=1e-6)
-    assert predict.age_quantile(3 * p, 0.3) == pytest.approx(predict.age_quantile(p, 0.3))
+        assert age_quantile(p, q) == pytest.approx(expected, abs=1e-6)
+    assert age_quantile(3 * p, 0.3) == pytest.approx(age_quantile(p, 0.3))
 
 
 def test_quantiles_stay_within_the_ages():
-    assert predict.age_quantile(np.eye(117)[0], 0.05) == 0
-    assert predict.age_quantile(np.eye(117)[116], 0.95) == 116
+    assert age_quantile(np.eye(117)[0], 0.05) == 0
+    assert age_quantile(np.eye(117)[116], 0.95) == 116
 
 
 def test_row_agrees_with_itself(tmp_path):
@@ -88,6 +88,23 @@ def test_run_writes_a_row_and_pictures_for_each_image(run, tmp_path, capsys):
     assert Image.open(tmp_path / "out/predictions.png").width > 4 * 256
     printed = capsys.readouterr().out
     assert "18-40" in printed and "6 of 6 images" in printed
+
+
+def test_intervals_are_conformal_where_an_evaluation_left_its_constants(run, tmp_path, capsys):
+    face = picture(tmp_path / "a.png", colour=(80, 0, 0))
+    (before,) = predict.run(tmp_path, [face], out=tmp_path / "out", annotate=False)
+    assert before["interval"] == "posterior" and before["high"] - before["low"] < 1
+    assert "90 % posterior" in (printed := capsys.readouterr().out) and "not calibrated" in printed
+    conformal.save_constants(tmp_path, {"years": 6.0, "level": 0.9, "step": 7})
+    (after,) = predict.run(tmp_path, [face], out=tmp_path / "out", annotate=False)
+    assert after["interval"] == "conformal"
+    assert after["low"] == pytest.approx(before["low"] - 6, abs=0.02)
+    assert after["high"] == pytest.approx(before["high"] + 6, abs=0.02)
+    assert "90 % conformal" in capsys.readouterr().out
+    assert "conformal" in (tmp_path / "out/predictions.csv").read_text()
+    conformal.save_constants(tmp_path, {"years": 6.0, "level": 0.9, "step": 8})  # of other weights
+    (other,) = predict.run(tmp_path, [face], out=tmp_path / "out", annotate=False)
+    assert other["interval"] == "posterior"
 
 
 def test_annotate_can_be_switched_off(run, tmp_path):

@@ -151,8 +151,8 @@ def demo(tmp_path_factory):
 def test_demo_report_joins_all_stages_in_one_file(demo):
     page = report.run_report(demo)
     text, markdown = page.read_text(), page.with_suffix(".md").read_text()
-    # two curves, t-SNE, confusion, scatter, bands, predictions
-    assert text.count("<img") == text.count('src="data:image/') == 7
+    # two curves, t-SNE, confusion, scatter, CS, bands, calibration, predictions
+    assert text.count("<img") == text.count('src="data:image/') == 9
     assert not re.search(r"https?://|href=|<script|<link|url\(", text)
     for title in ("In short", "Data", "Model and training", "Pre-training", "Fine-tuning",
                   "Features", "Results", "Age classes", "Predictions", "To repeat it"):  # fmt: skip

@@ -1,0 +1,139 @@
+"""Several runs: paired differences on common faces, seeds joined, settings that differ, files."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+
+from coatnet_jax import compare
+from coatnet_jax.pages import write_csv
+
+
+def write_run(path, predicted, *, seed=0, lr=1e-3, age=None, files=None, data="utkface", **config):
+    """What compare reads of an evaluated run; face i has the age 20 + i unless told."""
+    n = len(predicted)
+    age = np.arange(20, 20 + n) if age is None else age
+    files = [f"{i}.jpg" for i in range(n)] if files is None else files
+    folder = path / "evaluate" / "test"
+    folder.mkdir(parents=True)
+    config = {"seed": seed, "optim": {"lr": lr}, "data": {"name": data, "workers": seed}, **config}
+    (path / "config.json").write_text(json.dumps(config))
+    metrics = {"data_name": data, "step": 9, "conformal": {"covered": 0.9}}
+    metrics |= dict.fromkeys(compare.MEASURES, 0.0)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    rows = [
+        {"file": f, "age": a, "predicted": p, "pixel_hash": f"h{f}"}
+        for f, a, p in zip(files, age, predicted, strict=True)
+    ]
+    write_csv(folder / "predictions.csv", rows)
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    rng = np.random.default_rng(0)
+    age, common = np.arange(20, 60), 8 * rng.normal(size=40)
+    noise = [common + rng.normal(size=40) + shift for shift in (0, 0.5, 4)]
+    return [
+        write_run(tmp_path / "a", age + noise[0], seed=0),
+        write_run(tmp_path / "b", age + noise[1], seed=1),
+        write_run(tmp_path / "c", age + noise[2], seed=0, lr=1e-2),
+    ]
+
+
+def test_differences_are_paired_and_seeds_joined(runs, tmp_path, capsys):
+    result = compare.run(runs, out=tmp_path / "out")
+    errors = []
+    for path in runs:
+        with (path / "evaluate/test/predictions.csv").open() as lines:
+            rows = list(csv.DictReader(lines))
+        errors.append([abs(float(r["predicted"]) - int(r["age"])) for r in rows])
+    for row, found in zip(result["runs"], errors, strict=True):
+        assert row["mae"] == pytest.approx(np.mean(found))
+    change = np.array(errors[2]) - errors[0]
+    found = result["runs"][2]["mae_difference"]
+    assert found["difference"] == pytest.approx(change.mean())
+    half = 1.96 * change.std() / np.sqrt(40)
+    assert found["interval"] == pytest.approx([change.mean() - half, change.mean() + half], abs=0.2)
+    assert "mae_difference" not in result["runs"][0]
+    (seeds,) = result["seeds"]  # c differs in more than its seed
+    assert seeds["runs"] == ["a", "b"]
+    maes = [np.mean(e) for e in errors[:2]]
+    assert (seeds["mae"], seeds["mae_sd"]) == pytest.approx((np.mean(maes), np.std(maes, ddof=1)))
+    settings = {row["setting"]: [row[name] for name in "abc"] for row in result["settings"]}
+    assert settings == {"seed": [0, 1, 0], "optim.lr": [1e-3, 1e-3, 1e-2]}  # workers change nothing
+    assert "| b " in capsys.readouterr().out
+
+
+def test_all_files_are_written(runs, tmp_path):
+    result = compare.run(runs, out=tmp_path / "out")
+    assert json.loads((tmp_path / "out/comparison.json").read_text())["runs"] == result["runs"]
+    with (tmp_path / "out/runs.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["run"] for row in rows] == ["a", "b", "c"]
+    difference = result["runs"][1]["mae_difference"]
+    assert float(rows[1]["mae_difference_low"]) == difference["interval"][0]
+    page = (tmp_path / "out/report.html").read_text()
+    assert 'src="data:image/png' in page and not re.search(r"https?://|href=|<script", page)
+    assert "± " in (tmp_path / "out/report.md").read_text()
+
+
+def test_only_faces_that_all_runs_have_count(tmp_path):
+    age = np.arange(20, 30)
+    a = write_run(tmp_path / "a", age + 1.0)
+    b = write_run(tmp_path / "b", age[:4] + 3.0, files=[f"{i}.jpg" for i in range(4)], age=age[:4])
+    result = compare.run([a, b], out=tmp_path / "out")
+    assert result["common_faces"] == 4 and result["left_out"] == {"a": 6, "b": 0}
+    assert result["runs"][1]["mae_difference"]["difference"] == pytest.approx(2)
+    assert "left out: 6 of a" in (tmp_path / "out/report.md").read_text()
+
+
+def test_older_configs_are_those_of_the_values_then(tmp_path):
+    age = np.arange(20, 60)
+    old = write_run(tmp_path / "old", age + 1.0, seed=0)
+    model = {"mean": compare.OLDER["model.mean"], "std": compare.OLDER["model.std"]}
+    new = write_run(tmp_path / "new", age + 2.0, seed=1, model=model)
+    result = compare.run([old, new], out=tmp_path / "out")
+    assert [row["setting"] for row in result["settings"]] == ["seed"]
+    assert len(result["seeds"]) == 1
+
+
+def test_what_cannot_be_compared_is_told_in_one_line(runs, tmp_path):
+    age = np.arange(20, 60)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    old = write_run(tmp_path / "old", age)
+    write_csv(old / "evaluate/test/predictions.csv", [{"file": "a", "age": 1, "predicted": 1}])
+    cases = [
+        ([runs[0]], "at least two runs"),
+        ([runs[0], runs[0]], "each once"),
+        ([runs[0], bare], "no evaluation .*bare/evaluate/test: make it with coatnet-jax evaluate"),
+        ([runs[0], tmp_path / "gone"], "no such run"),
+        ([runs[0], old], "older version: run coatnet-jax evaluate .*old again"),
+        ([runs[0], write_run(tmp_path / "w", age, data="wild")], "no common faces .*w on wild"),
+        ([runs[0], write_run(tmp_path / "x", age, age=age + 1)], "x was evaluated with other ages"),
+    ]
+    for paths, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            compare.run(paths, out=tmp_path / "out")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_evaluation_is_made_first(runs, tmp_path, capsys):
+    (runs[1] / "evaluate").rename(tmp_path / "kept")
+    made = []
+
+    def evaluate(path):
+        made.append(path)
+        (tmp_path / "kept").rename(path / "evaluate")
+
+    compare.run(runs, out=tmp_path / "out", evaluate=evaluate)
+    assert made == [runs[1]] and "evaluating it" in capsys.readouterr().out
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
+    paths = [tmp_path / "a/finetune", tmp_path / "b/finetune"]
+    assert compare._names(paths) == ["a/finetune", "b/finetune"]

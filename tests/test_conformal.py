@@ -1,0 +1,70 @@
+"""Conformal intervals: their promise on exchangeable faces, and hand-made cases."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from coatnet_jax import conformal
+from coatnet_jax.ages import age_quantile, median_age
+
+
+def faces(n, rng, *, sigma):
+    """Posteriors of the width `sigma`, right about the middle, and ages that spread by 8 years."""
+    centre = rng.uniform(25, 85, n)
+    p = np.exp(-0.5 * ((np.arange(117) - centre[:, None]) / sigma) ** 2)
+    age = np.clip(np.round(centre + rng.normal(0, 8, n)), 0, 116).astype(int)
+    return p / p.sum(-1, keepdims=True), age
+
+
+@pytest.mark.parametrize("sigma", [1.0, 8.0, 20.0])
+def test_coverage_keeps_its_promise_however_wrong_the_posterior(sigma):
+    rng = np.random.default_rng(0)
+    inside = total = 0
+    for _ in range(40):
+        years = conformal.widening(*faces(150, rng, sigma=sigma))
+        p, age = faces(150, rng, sigma=sigma)
+        low, high = conformal.conformal_interval(p, years)
+        inside += int(((low <= age) & (age <= high)).sum())
+        total += len(age)
+    # a set of 150 shifts the coverage of its faces together: count a set as a 1 / 2 of its faces
+    assert inside / total >= binom.ppf(0.001, total // 2, 0.9) / (total // 2)
+    assert inside / total < 0.93  # and is not kept by intervals that hold everything
+    raw_low, raw_high = conformal.posterior_interval(p)
+    raw = np.mean((raw_low <= age) & (age <= raw_high))
+    assert (raw < 0.5) if sigma == 1 else (raw > 0.97) if sigma == 20 else True
+
+
+def test_widening_is_the_ranked_score_of_a_loop():
+    p, age = faces(57, np.random.default_rng(3), sigma=4.0)
+    scores = []
+    for q, a in zip(p, age, strict=True):
+        low, high = age_quantile(q, 0.05), age_quantile(q, 0.95)
+        scores.append(low - a if a < (low + high) / 2 else a - high)
+    assert conformal.widening(p, age) == pytest.approx(sorted(scores)[53 - 1])  # ceil(58 x 0.9)
+
+
+def test_few_faces_are_refused_and_nine_are_enough_for_ninety_percent():
+    p, age = faces(9, np.random.default_rng(0), sigma=4.0)
+    conformal.widening(p, age)
+    with pytest.raises(ValueError, match="8 faces cannot calibrate 90 %: it takes 9 or more"):
+        conformal.widening(p[:8], age[:8])
+
+
+def test_interval_holds_the_answer_and_stays_within_the_ages():
+    p, _ = faces(50, np.random.default_rng(0), sigma=3.0)
+    for years in (-20.0, 0.0, 90.0):
+        low, high = conformal.conformal_interval(p, years)
+        assert np.all((0 <= low) & (low <= median_age(p)) & (median_age(p) <= high) & (high <= 116))
+
+
+def test_constants_come_back_for_the_same_step_only(tmp_path):
+    assert conformal.read_constants(tmp_path, step=5) is None
+    conformal.save_constants(tmp_path, {"years": 2.5, "level": 0.9, "step": 5})
+    assert conformal.read_constants(tmp_path, step=5)["years"] == 2.5
+    assert conformal.read_constants(tmp_path, step=6) is None
+    assert "1905.03222" in json.loads((tmp_path / "conformal.json").read_text())["method"]
+    (tmp_path / "conformal.json").write_text('{"years"')
+    with pytest.raises(ValueError, match="conformal.json is damaged: delete it"):
+        conformal.read_constants(tmp_path, step=5)

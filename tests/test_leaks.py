@@ -1,0 +1,55 @@
+"""Which faces a run was trained on, found by fingerprint in data that were prepared again."""
+
+import json
+import shutil
+
+import pytest
+
+from coatnet_jax.leaks import check_no_leak, training_splits
+from input_pipeline.pipeline import open_split
+
+
+@pytest.fixture
+def folder(drawn_root, tmp_path):
+    shutil.copytree(drawn_root / "drawn", tmp_path / "drawn")
+    return tmp_path / "drawn"
+
+
+def write_run(run_dir, fingerprint):
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "run.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
+    return run_dir
+
+
+def test_splits_are_found_by_fingerprint_under_another_name(folder, tmp_path):
+    assert training_splits(tmp_path, folder, "default") == "default"  # a run that tells none
+    fold = open_split(folder, "train", splits="fold3").fingerprint
+    run = write_run(tmp_path / "run", fold)
+    assert training_splits(run, folder, "fold3") == "fold3"
+    assert training_splits(run, folder, "default") == "fold3"
+
+
+def test_data_that_the_run_was_not_trained_on_are_refused(folder, tmp_path):
+    run = write_run(tmp_path / "run", "0123456789abcdef0")
+    with pytest.raises(ValueError, match="fingerprint 0123456789abcdef, but .* no other") as error:
+        training_splits(run, folder, "default")
+    assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="nothing can be said of overlap"):
+        training_splits(run, tmp_path / "gone", "default")
+
+
+def test_only_faces_of_the_training_split_are_a_leak(folder, tmp_path):
+    train = open_split(folder, "train")
+    for split in ("test", "validation", "validation+test"):
+        found = check_no_leak(open_split(folder, split), train, run_dir=tmp_path)
+        assert found["identical"] == 0 and found["training_faces"] == len(train)
+    for split, splits in (("train", "default"), ("all", "default"), ("test", "fold0")):
+        faces = open_split(folder, split, splits=splits)
+        both = len(set(faces.labels["pixel_hash"]) & set(train.labels["pixel_hash"]))
+        with pytest.raises(ValueError, match=f"^{both} of the {len(faces)} faces"):
+            check_no_leak(faces, train, run_dir=tmp_path)
+
+
+def test_all_splits_are_all_faces(folder):
+    parts = [open_split(folder, name) for name in ("train", "validation", "test")]
+    assert len(open_split(folder, "all")) == sum(map(len, parts)) == 160
