@@ -137,7 +137,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _number_columns(lines: Sequence[Sequence[str]]) -> list[bool]:
     """Which columns hold numbers, shares or ranges; never the first, which names the row."""
-    number = re.compile(r"–|[-+]?[\d.,]+(–[\d.,]+)?( %)?")
+    number = re.compile(r"–|[-+]?[\d.,]+(–[\d.,]+| (to|±) [-+]?[\d.,]+)?( %)?")
     columns = list(zip(*lines, strict=True))
     return [i > 0 and all(number.fullmatch(t) for t in texts) for i, texts in enumerate(columns)]
 
