@@ -11,10 +11,12 @@ import pytest
 
 from coatnet_jax.augment import simclr_view, supervised_view
 from coatnet_jax.coatnet import CoAtNet, CoAtNetConfig
+from coatnet_jax.config import load_config
 from coatnet_jax.finetune import finetune_train_step
 from coatnet_jax.heads import AgeModel, ProjectionHead, SiameseModel
-from coatnet_jax.pretrain import pretrain_train_step
+from coatnet_jax.pretrain import first_extra, pretrain_train_step
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_batch
+from coatnet_jax.ssl.methods import METHODS, create_method, create_siamese
 from coatnet_jax.ssl.simclr import SimCLR
 from coatnet_jax.ssl.simsiam import SimSiam
 from coatnet_jax.train_state import create_train_state, init_variables
@@ -149,6 +151,23 @@ def test_accumulated_gradients_are_those_of_the_batch_only_for_losses_of_single_
         state, _ = step(state, shard_batch(make_batch(), mesh), tx=SGD, accumulate=parts)
         kernels.append(np.asarray(state.params["backbone"]["Dense_0"]["kernel"]))
     assert np.allclose(*kernels, atol=1e-6) == equal
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_step_of_every_method_gives_a_state_of_the_same_shape_and_finite_metrics(name):
+    config = load_config(f"pretrain:atto,drawn,{name}")
+    config.projection.hidden = 16
+    model, method = create_siamese(config, Plain()), create_method(config)
+    variables = init_variables(jax.random.key(0), model, image_size=40)
+    extra = first_extra(method, variables, width=config.projection.out)
+    options = {"ema": method.serves_target, "extra": extra}
+    state = create_train_state(jax.random.key(1), variables, SGD, **options)
+    before = jax.eval_shape(lambda: state)
+    state, metrics = pretrain_train_step(
+        state, make_batch(), model=model, tx=SGD, method=method, view=whole_image, total_steps=9
+    )
+    assert jax.eval_shape(lambda: state) == before
+    assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_batch_that_does_not_fit_the_devices_is_refused():
