@@ -229,7 +229,9 @@ def _load_batch(faces: Faces, image_size: int, with_images: bool, rows: np.ndarr
 def _load_images(faces: Faces, image_size: int, rows: np.ndarray) -> np.ndarray:
     """uint8 [b, size, size, 3]: kept pixels, or read and decoded; black for padding."""
     real = rows >= 0
-    images = np.zeros((len(rows), image_size, image_size, 3), np.uint8)
+    # Not np.zeros, which would hold Python's lock while it clears what is overwritten anyway.
+    images = np.empty((len(rows), image_size, image_size, 3), np.uint8)
+    images[~real] = 0
     if faces.pixels is not None and faces.pixels.shape[1] == image_size:
         images[real] = faces.pixels[rows[real]]
         return images

@@ -22,6 +22,7 @@ from coatnet_jax.heads import AgeModel, ProjectionHead, SiameseModel
 from coatnet_jax.models import BASELINES, create_backbone
 from coatnet_jax.optim import decay_mask, first_trained_stage, freeze_mask, layer_scales
 from coatnet_jax.pretrain import pretrain_train_step
+from coatnet_jax.ssl.simclr import SimCLR
 from coatnet_jax.train_state import create_train_state, init_variables
 
 # torchvision's counts with its layer for 1000 classes; of ViT-S/16 timm's.
@@ -278,8 +279,8 @@ def test_options_are_the_modules_own(name):
 def pretrain_parts(backbone):
     model = SiameseModel(backbone, ProjectionHead(layers=2, hidden=16, out=8))
     view = partial(simclr_view, size=32)
-    step = partial(pretrain_train_step, model=model, view=view, temperature=0.2, decoupled=False)
-    return model, step
+    step = partial(pretrain_train_step, model=model, view=view, method=SimCLR(), total_steps=100)
+    return model, step, False
 
 
 def finetune_parts(backbone):
@@ -295,7 +296,7 @@ def finetune_parts(backbone):
         mixup_alpha=0.2,
         ema=0.9,
     )
-    return model, step
+    return model, step, True
 
 
 BATCH = {
@@ -308,17 +309,17 @@ TX = optax.adam(1e-2)
 RNG = jax.random.key(0)
 
 
-def start(model):
+def start(model, ema=True):
     variables = init_variables(RNG, model, image_size=32)
-    return create_train_state(jax.random.key(1), variables, TX, ema=True)
+    return create_train_state(jax.random.key(1), variables, TX, ema=ema)
 
 
 @pytest.mark.parametrize("parts", [pretrain_parts, finetune_parts])
 @pytest.mark.parametrize("kind", TINY)
 def test_training_steps_keep_the_state_of_every_family(kind, parts):
     remat = {} if kind == "simple_cnn" else {"remat": True}
-    model, step = parts(TINY[kind](drop_path=0.2, dtype="bfloat16", frozen_below=2, **remat))
-    state = jax.eval_shape(lambda: start(model))
+    model, step, ema = parts(TINY[kind](drop_path=0.2, dtype="bfloat16", frozen_below=2, **remat))
+    state = jax.eval_shape(lambda: start(model, ema))
     new, metrics = jax.eval_shape(partial(step, tx=TX), state, BATCH)
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert jax.tree.map(lambda s: (s.shape, s.dtype), new) == jax.tree.map(
@@ -328,7 +329,7 @@ def test_training_steps_keep_the_state_of_every_family(kind, parts):
 
 
 def test_finetune_step_of_a_baseline_lowers_the_loss():
-    model, step = finetune_parts(TINY["simple_cnn"](drop_path=0.2))
+    model, step, _ = finetune_parts(TINY["simple_cnn"](drop_path=0.2))
     state, losses = start(model), []
     for _ in range(20):
         state, metrics = step(state, BATCH, tx=TX)
