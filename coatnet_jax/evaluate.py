@@ -1,8 +1,8 @@
 """Evaluation of a fine-tuned run on one split: error in years, the four classes, and baselines.
 
-Age and class are both read from the posterior median, so they never disagree. Everything is set
-beside the two answers that need no picture: always the commonest class, always the median age, both
-taken from the training split.
+Age and class are both read from the decoded age (by default the posterior median), so they never
+disagree. Everything is set beside the two answers that need no picture: always the commonest class,
+always the median age, both taken from the training split.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,24 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from coatnet_jax import plots
-from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, median_age
+from coatnet_jax.ages import (
+    CLASS_NAMES,
+    DECODED,
+    age_class,
+    check_ages,
+    class_probabilities,
+    get_decoder,
+)
 from coatnet_jax.inference import load_run, predict_split
 from coatnet_jax.logs import environment
-from coatnet_jax.metrics import accuracy, balanced_accuracy, confusion_matrix, cumulative_score, mae
+from coatnet_jax.metrics import (
+    accuracy,
+    balanced_accuracy,
+    confusion_matrix,
+    cumulative_score,
+    macro_f1,
+    mae,
+)
 from coatnet_jax.pages import percent, write_csv, write_json, write_report
 from coatnet_jax.terms import data_terms
 from input_pipeline.pipeline import open_split
@@ -32,24 +46,28 @@ def run(
     batch_size: int = 256,
     which: str = "best",
     splits: str | None = None,
+    decode: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a fine-tuned run and write its report; gives back what metrics.json holds.
 
     `flip` averages the picture and its mirror image, `which` names the checkpoint, `splits` the
-    table of splits (default: the run's own). Writes metrics.json, report.md and .html,
-    confusion.png, scatter.png, bands.png and predictions.csv under `out` (default
-    `<run_dir>/evaluate/<split>`). Raises ValueError for a run without an age head.
+    table of splits and `decode` how ages are read from probabilities (default: both the run's own).
+    Writes metrics.json, report.md and .html, confusion.png, scatter.png, bands.png and
+    predictions.csv under `out` (default `<run_dir>/evaluate/<split>`). Raises ValueError for a run
+    without an age head.
     """
     model = load_run(Path(run_dir), which=which, batch_size=batch_size)
     if model.stage != "finetune":
         raise ValueError(
             f"{run_dir} is a {model.stage} run without an age head; evaluate a finetune run"
         )
-    splits = splits or model.config.data.splits
+    splits, decode = splits or model.config.data.splits, decode or model.decode
+    get_decoder(decode)  # a misspelled one should fail before the pictures are read
     faces = open_split(data_folder, split, splits=splits)
     train = open_split(data_folder, "train", splits=splits)
     if not len(faces):
         raise ValueError(f"the split {split!r} of {data_folder} ({splits}) holds no faces")
+    check_ages(faces.labels["age"], f"the split {split!r}")
     p, labels = predict_split(
         model, faces, lambda images: model.probabilities(images, flip=flip), batch_size
     )
@@ -64,8 +82,9 @@ def run(
         "splits": splits,
         "fingerprint": faces.fingerprint,
         "flip": flip,
+        "loss": model.config.loss.name,
         "environment": environment(),
-        **score(p, age, train_age=train.labels["age"]),
+        **score(p, age, train_age=train.labels["age"], decode=decode),
     }
     if model.has_attributes and _any_known(faces.labels):
         q, _ = predict_split(model, faces, model.attributes, batch_size)
@@ -84,6 +103,7 @@ def score(
     age: Int[np.ndarray, " n"],
     *,
     train_age: Int[np.ndarray, " m"],
+    decode: str = "median",
     seed: int = 0,
     resamples: int = 1000,
 ) -> dict[str, Any]:
@@ -102,12 +122,13 @@ def score(
         raise ValueError(
             "the predictions hold NaN: the run diverged, evaluate an earlier checkpoint"
         )
-    predicted = median_age(p)
+    predicted = get_decoder(decode)(p)
     true_class, predicted_class = age_class(age), age_class(predicted)
     error = np.abs(predicted - age)
     matrix = confusion_matrix(true_class, predicted_class, len(CLASS_NAMES))
     return {
         "images": len(age),
+        "decode": decode,
         "mae": mae(age, predicted),
         "mae_interval": bootstrap_interval(error, seed=seed, resamples=resamples),
         "cs5": cumulative_score(predicted - age, within=5),
@@ -189,7 +210,9 @@ def attribute_table(
     labels: Mapping[str, Int[np.ndarray, " n"]],
     train_labels: Mapping[str, Int[np.ndarray, " m"]],
 ) -> list[dict[str, Any]]:
-    """Accuracy of gender and race over the faces whose label is known, beside the commonest one.
+    """Accuracy and macro-F1 of gender and race over the faces whose label is known.
+
+    Beside the accuracy of always answering the commonest one of training.
 
     `p` holds class probabilities for 'gender' and 'race'; labels below zero are unknown. An
     attribute that is known of no face here, or was of none in training, has no row.
@@ -206,6 +229,7 @@ def attribute_table(
                 "attribute": name,
                 "support": known,
                 "accuracy": accuracy(true, p[name].argmax(-1)),
+                "macro_f1": macro_f1(true, p[name].argmax(-1)),
                 "constant": accuracy(true, np.full(len(true), commonest)),
             }
         )
@@ -238,9 +262,10 @@ def write_results(
     files: np.ndarray,
 ) -> None:
     """Write the files named in `run` under `out`; row i of `p` belongs to `files[i]`."""
-    predicted = median_age(np.asarray(p, np.float64))
+    decode = result.get("decode", "median")
+    predicted = get_decoder(decode)(np.asarray(p, np.float64))
     write_json(out / "metrics.json", result)
-    write_csv(out / "predictions.csv", prediction_rows(p, age, files))
+    write_csv(out / "predictions.csv", prediction_rows(p, age, files, decode=decode))
     plots.confusion(out / "confusion.png", np.array(result["confusion"]))
     plots.predicted_against_true(out / "scatter.png", age, predicted)
     plots.error_by_band(out / "bands.png", result["bands"], overall=result["mae"])
@@ -249,11 +274,15 @@ def write_results(
 
 
 def prediction_rows(
-    p: Float[np.ndarray, "n 117"], age: Int[np.ndarray, " n"], files: np.ndarray
+    p: Float[np.ndarray, "n 117"],
+    age: Int[np.ndarray, " n"],
+    files: np.ndarray,
+    *,
+    decode: str = "median",
 ) -> list[dict[str, Any]]:
     """One row an image: index, file, true and predicted age and class, the class probabilities."""
     p = np.asarray(p, np.float64)
-    predicted, classes = median_age(p), class_probabilities(p)
+    predicted, classes = get_decoder(decode)(p), class_probabilities(p)
     true_class, predicted_class = age_class(np.asarray(age)), age_class(predicted)
     return [
         {
@@ -317,12 +346,15 @@ def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
         f"The constant answer is {base['median_age']:.0f} years and class "
         f"{base['majority_class']}, the median and the commonest class of the training split."
     )
+    decoded = DECODED[result.get("decode", "median")]
+    about += f" An age is the {decoded}"
+    about += f" of a run trained with `{result['loss']}`." if "loss" in result else "."
     classes = [
         {**row, **{key: percent(row[key]) for key in ("precision", "recall", "f1")}}
         for row in result["classes"]
     ]
     attributes = [
-        {**row, "accuracy": percent(row["accuracy"]), "constant": percent(row["constant"])}
+        {**row, **{key: percent(row.get(key)) for key in ("accuracy", "macro_f1", "constant")}}
         for row in result.get("attributes", [])
     ]
     headline = [{"text": about}, {"table": headline_table(result)}]
@@ -333,14 +365,14 @@ def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
         {
             "title": "Age classes",
             "blocks": [
-                {"table": classes, "note": "mae in years; the class is that of the median age"},
+                {"table": classes, "note": f"mae in years; the class is that of the {decoded}"},
                 _figure(folder / "confusion.png", "True class down, predicted class across"),
             ],
         },
         {
             "title": "Age in years",
             "blocks": [
-                _figure(folder / "scatter.png", "Predicted (posterior median) against true age"),
+                _figure(folder / "scatter.png", f"Predicted ({decoded}) against true age"),
                 _figure(folder / "bands.png", "Mean absolute error by true age"),
                 {"table": result["bands"], "note": "mae and bias (predicted − true) in years"},
             ],

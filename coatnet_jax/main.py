@@ -130,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--max-points", type=int, default=2000, help="points of the t-SNE")
     evaluate.add_argument("--which", default="best", help="checkpoint: best, latest or a step")
     evaluate.add_argument(
+        "--decode",
+        help="age read from the probabilities: median, mean, argmax (default: the run's)",
+    )
+    evaluate.add_argument(
         "--no-flip", action="store_true", help="do not average with the mirror image"
     )
 
@@ -243,6 +247,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         flip=not arguments.no_flip,
         which=arguments.which,
+        decode=arguments.decode,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from coatnet_jax import plots
-from coatnet_jax.ages import CLASS_NAMES, N_AGES, age_class, class_probabilities, median_age
+from coatnet_jax.ages import CLASS_NAMES, N_AGES, age_class, class_probabilities, get_decoder
 from coatnet_jax.inference import Run, load_run
 from coatnet_jax.pages import write_csv
 from input_pipeline.images import decode_checked
@@ -61,6 +61,8 @@ def run(
     elif (out / "skipped.csv").exists():
         (out / "skipped.csv").unlink()  # of an earlier run into the same folder
     print(table(rows))
+    if model.answers_one_age:
+        print("trained to give one age, not a distribution: the 90 % interval measures no doubt")
     if annotate:
         write_pictures(out, rows)
     also = ", predictions.png and annotated/" if annotate else ""
@@ -134,7 +136,8 @@ def predict_files(
     def flush() -> None:
         if readable:
             p = model.probabilities(np.stack([image for _, image in readable]))
-            rows.extend(prediction_row(path, q) for (path, _), q in zip(readable, p, strict=True))
+            named = zip((path for path, _ in readable), p, strict=True)
+            rows.extend(prediction_row(path, q, decode=model.decode) for path, q in named)
             readable.clear()
 
     for path in paths:
@@ -148,16 +151,18 @@ def predict_files(
     return rows, skipped
 
 
-def prediction_row(path: Path, p: Float[np.ndarray, " 117"]) -> dict[str, Any]:
-    """What `p` says: age (posterior median) and 5-95 % quantiles in years, class, probabilities.
+def prediction_row(
+    path: Path, p: Float[np.ndarray, " 117"], *, decode: str = "median"
+) -> dict[str, Any]:
+    """What `p` says: age (read by `decode`) and 5-95 % quantiles in years, class, probabilities.
 
-    `probability` is that of the class that holds the median, so age and class never disagree.
+    `probability` is that of the class that holds the age, so age and class never disagree.
     Raises ValueError when `p` holds NaN.
     """
     p = np.asarray(p, np.float64)
     if not np.isfinite(p).all():
         raise ValueError("the predictions hold NaN: the run diverged, take an earlier checkpoint")
-    age, classes = float(median_age(p)), class_probabilities(p)
+    age, classes = float(get_decoder(decode)(p)), class_probabilities(p)
     chosen = int(age_class(np.float64(age)))
     low, high = (float(age_quantile(p, q)) for q in INTERVAL)
     return {

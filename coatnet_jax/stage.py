@@ -25,6 +25,8 @@ from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
 
 # Keys that may differ between the runs that make up one training: they change no result.
 FREE_KEYS = ("max_minutes", "log_every", "data.root", "data.workers", "data.cache")
+# Keys that older runs lack, and what they did.
+LATER_KEYS = {"loss.decode": "median", "loss.balanced": False}
 CACHES = ("none", "host", "device")
 
 
@@ -97,7 +99,7 @@ def _check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None
     differing = [
         f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and key not in FREE_KEYS
+        if there.get(key, LATER_KEYS.get(key)) != here.get(key) and key not in FREE_KEYS
     ]
     if differing:
         raise ValueError(
