@@ -31,6 +31,7 @@ class FakeRun(SimpleNamespace):
     """Answers with the age that the red channel names, one hundred per cent sure."""
 
     stage, source_size, geometry, step = "finetune", 32, UTKFACE, 7
+    decode, answers_one_age = "median", False
 
     def probabilities(self, images, *, flip=True):
         assert images.shape[1:] == (32, 32, 3) and images.dtype == np.uint8
@@ -59,6 +60,17 @@ def test_quantiles_invert_the_cumulative_distribution():
 def test_quantiles_stay_within_the_ages():
     assert age_quantile(np.eye(117)[0], 0.05) == 0
     assert age_quantile(np.eye(117)[116], 0.95) == 116
+
+
+def test_row_is_decoded_as_the_run_says(tmp_path):
+    p = np.zeros(117)
+    p[[10, 20, 60]] = 0.4, 0.35, 0.25
+    rows = {
+        d: predict.prediction_row(predict.Look(tmp_path / "a.jpg"), p, decode=d)
+        for d in ("mean", "argmax")
+    }
+    assert (rows["mean"]["age"], rows["mean"]["class"]) == (26.0, "18-40")
+    assert (rows["argmax"]["age"], rows["argmax"]["class"]) == (10.0, "<18")
 
 
 def test_row_agrees_with_itself(tmp_path):
