@@ -124,6 +124,13 @@ def test_annotate_can_be_switched_off(run, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.csv"]
 
 
+@pytest.mark.parametrize("one_age", [True, False])
+def test_a_regression_is_said_to_give_no_interval(run, tmp_path, capsys, one_age):
+    run.answers_one_age = one_age
+    predict.run("run", [picture(tmp_path / "a.png")], out=tmp_path / "out", annotate=False)
+    assert ("the 90 % interval measures no doubt" in capsys.readouterr().out) == one_age
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -19,7 +19,6 @@ from coatnet_jax import (
     finetune,
     inference,
     loop,
-    predict,
     pretrain,
     sharding,
     stage,
@@ -218,21 +217,18 @@ def test_run_from_before_other_losses_is_read_and_gone_on_with(drawn_root, finet
         finetune.run(other, old)
 
 
-def test_other_head_decoder_and_balance_reach_every_result(drawn_root, tmp_path, capsys):
+def test_other_head_decoder_and_balance_reach_every_result(drawn_root, tmp_path):
     loss = {"loss.name": "mse", "loss.decode": "mean", "loss.balanced": True}
     assert finetune.run(tiny("finetune", drawn_root, epochs=0.5, **loss), tmp_path / "run")
     log = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    result = evaluate.run(tmp_path / "run", drawn_root / "drawn", split="validation", flip=False)
-    assert (result["decode"], result["loss"]) == ("mean", "mse")
-    assert [row for row in log if "accuracy" in row][-1]["mae"] == pytest.approx(
-        result["mae"], abs=1e-3
+    validation = [row for row in log if "accuracy" in row]
+    result = evaluate.run(
+        tmp_path / "run", drawn_root / "drawn", split="validation", flip=False, batch_size=16
     )
+    assert (result["decode"], result["loss"]) == ("mean", "mse")
+    assert result["mae"] == pytest.approx(min(row["mae"] for row in validation), abs=1e-3)
     assert {row["attribute"] for row in result["attributes"]} == {"gender", "race"}
     assert all(0 <= row["macro_f1"] <= 1 for row in result["attributes"])
-    picture = min((drawn_root / "pictures").glob("*.jpg"))
-    (row,) = predict.run(tmp_path / "run", [picture], out=tmp_path / "p", annotate=False)
-    assert 0 <= row["age"] <= 116
-    assert "measures no doubt" in capsys.readouterr().out
 
 
 def test_every_stage_runs_on_faces_without_gender_and_race(drawn_root, tmp_path, capsys):

@@ -138,12 +138,8 @@ def age_step(name, tx, **options):
     model = AgeModel(Stripes(), **get_age_loss(name).head)
     variables = init_variables(jax.random.key(0), model, image_size=SIZE)
     state = create_train_state(jax.random.key(1), variables, tx, ema=True)
-    settings = (
-        FINETUNE[1].keywords
-        | {"loss_name": name, "model": model, "tx": tx, "view": plain_view}
-        | options
-    )
-    return state, partial(finetune_train_step, **settings)
+    own = {"loss_name": name, "model": model, "tx": tx, "view": plain_view}
+    return state, partial(finetune_train_step, **FINETUNE[1].keywords | own | options)
 
 
 @pytest.mark.parametrize("name", AGE_LOSSES)
