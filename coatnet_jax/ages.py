@@ -1,9 +1,12 @@
 """Ages as a distribution over whole years, and the answers read from it.
 
-A model gives one probability to each age 0-116. The median in years and the four age classes are
-both read from those same probabilities, so the two answers cannot disagree. Every function but
-`age_quantile` takes NumPy or JAX arrays and gives back the same kind.
+A model gives one probability to each age 0-116. The age in years is read from them by one of the
+`DECODERS` and the age class is the one that holds it, so the two answers cannot disagree. The
+functions that read probabilities take NumPy or JAX arrays and give back the same kind; only
+`age_quantile` gives NumPy arrays whatever it is given.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +84,29 @@ def age_quantile(p: Float[np.ndarray, "... 117"], q: float) -> Float[np.ndarray,
 def most_likely_age(p: Float[Array, "... 117"]) -> Int[Array, "..."]:
     """The single most probable age, in years."""
     return _numpy_or_jax(p).argmax(p, axis=-1)
+
+
+DECODERS: dict[str, Callable] = {
+    "median": median_age,  # least expected absolute error
+    "mean": expected_age,  # least expected squared error
+    "argmax": most_likely_age,
+}
+DECODED = {"median": "posterior median", "mean": "posterior mean", "argmax": "most probable age"}
+
+
+def get_decoder(name: str) -> Callable:
+    """The function [..., 117] -> age in years of that name; ValueError for any other."""
+    if name not in DECODERS:
+        raise ValueError(f"unknown loss.decode '{name}': choose from {', '.join(DECODERS)}")
+    return DECODERS[name]
+
+
+def check_ages(age: Int[np.ndarray, "n"], where: str) -> None:
+    """ValueError where an age label lies outside 0-116 years; `where` names the faces."""
+    age = np.asarray(age)
+    wrong = age[(age < 0) | (age >= N_AGES)]
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong):,} of the {len(age):,} faces of {where} have an age outside "
+            f"0-{N_AGES - 1} years, the first one {wrong[0]}: mend the labels and prepare it again"
+        )

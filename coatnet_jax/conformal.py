@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from coatnet_jax.ages import N_AGES, age_quantile, median_age
+from coatnet_jax.ages import N_AGES, age_quantile, get_decoder
 
 FILE = "conformal.json"
 LEVEL = 0.9
@@ -40,17 +40,18 @@ def widening(
 
 
 def conformal_interval(
-    p: Float[np.ndarray, "... 117"], years: float, *, level: float = LEVEL
+    p: Float[np.ndarray, "... 117"], years: float, *, level: float = LEVEL, decode: str = "median"
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """(low, high) in years: the posterior's central interval, `years` wider at both ends.
 
-    Held to 0-116, and always holding the answer itself (the median); neither can lose coverage.
+    Held to 0-116, and always holding the answer itself (the age that `decode` reads); neither can
+    lose coverage.
     """
-    median = median_age(np.asarray(p, np.float64))
+    answer = get_decoder(decode)(np.asarray(p, np.float64))
     low = age_quantile(p, (1 - level) / 2) - years
     high = age_quantile(p, (1 + level) / 2) + years
     low, high = (np.clip(end, 0, N_AGES - 1) for end in (low, high))
-    return np.minimum(low, median), np.maximum(high, median)
+    return np.minimum(low, answer), np.maximum(high, answer)
 
 
 def posterior_interval(

@@ -1,9 +1,10 @@
 """Evaluation of a fine-tuned run on one split: error in years, the four classes, and baselines.
 
-Age and class are both read from the posterior median, so they never disagree. Everything is set
-beside the two answers that need no picture: always the commonest class, always the median age, both
-taken from the training split. As arXiv 2307.04570 asks of the field, splits are fixed files,
-checkpoints are chosen on the validation split alone, and no face trained on is ever evaluated.
+Age and class are both read from the decoded age (by default the posterior median), so they never
+disagree. Everything is set beside the two answers that need no picture: always the commonest class,
+always the median age, both taken from the training split. As arXiv 2307.04570 asks of the field,
+splits are fixed files, checkpoints are chosen on the validation split alone, and no face trained on
+is ever evaluated.
 """
 
 import math
@@ -15,7 +16,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from coatnet_jax import evaluation_page, evaluation_plots, plots
-from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, median_age
+from coatnet_jax.ages import (
+    CLASS_NAMES,
+    DECODED,
+    age_class,
+    check_ages,
+    class_probabilities,
+    get_decoder,
+)
 from coatnet_jax.bootstrap import balanced_accuracy_interval, bootstrap_interval
 from coatnet_jax.calibration import calibration
 from coatnet_jax.conformal import (
@@ -29,7 +37,14 @@ from coatnet_jax.groups import group_table, unknown_counts
 from coatnet_jax.inference import Run, load_run, predict_split
 from coatnet_jax.leaks import check_no_leak, training_splits
 from coatnet_jax.logs import environment
-from coatnet_jax.metrics import accuracy, balanced_accuracy, confusion_matrix, cumulative_score, mae
+from coatnet_jax.metrics import (
+    accuracy,
+    balanced_accuracy,
+    confusion_matrix,
+    cumulative_score,
+    macro_f1,
+    mae,
+)
 from coatnet_jax.pages import percent, share_range, write_csv, write_json, write_report
 from input_pipeline.pipeline import Faces, open_split
 
@@ -46,13 +61,15 @@ def run(
     which: str = "best",
     splits: str | None = None,
     show_faces: bool = True,
+    decode: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a fine-tuned run and write its report; gives back what metrics.json holds.
 
     `data_folder` may be another set than `training_folder` (default: the same), in which the run's
     training and validation faces lie. `split` may be joined (`train+test`) or `all`. `flip`
     averages the picture and its mirror image, `which` names the checkpoint, `splits` the table of
-    splits (default: the run's own, or of another set `default`).
+    splits (default: the run's own, or of another set `default`), `decode` how ages are read from
+    the probabilities (default: the run's own).
 
     Writes metrics.json, report.md and .html, their pictures and predictions.csv under `out`
     (default: a folder of its own in `<run_dir>/evaluate`); with `show_faces` worst.png too. The
@@ -66,6 +83,8 @@ def run(
         raise ValueError(
             f"{run_dir} is a {model.stage} run without an age head; evaluate a finetune run"
         )
+    decode = decode or model.decode
+    get_decoder(decode)  # a misspelled one should fail before the pictures are read
     trained_splits = training_splits(run_dir, training_folder, model.config.data.splits)
     own_set = data_folder.resolve() == training_folder.resolve()
     splits = splits or (trained_splits if own_set else "default")
@@ -74,6 +93,7 @@ def run(
     if not len(faces):
         raise ValueError(f"the split {split!r} of {data_folder} ({splits}) holds no faces")
     leak_check = check_no_leak(faces, train, run_dir=run_dir)
+    check_ages(faces.labels["age"], f"the split {split!r}")
     p, labels = predict_split(
         model, faces, lambda images: model.probabilities(images, flip=flip), batch_size
     )
@@ -96,18 +116,19 @@ def run(
         },
         "leak_check": leak_check,
         "flip": flip,
+        "loss": model.config.loss.name,
         "environment": environment(),
-        **score(p, age, train_age=train.labels["age"]),
+        **score(p, age, train_age=train.labels["age"], decode=decode),
     }
     validation = open_split(training_folder, "validation", splits=trained_splits)
     constants = conformal_constants(model, validation, flip=flip, which=which)
-    low, high = intervals(p, constants)
+    low, high = intervals(p, constants, decode=decode)
     result["conformal"] = interval_scores(p, age, low, high, constants)
     if constants:
         seen = np.isin(faces.labels["pixel_hash"], validation.labels["pixel_hash"])
         result["conformal"]["calibrated_on_these"] = int(seen.sum())
     result["unknown"] = unknown_counts(labels)
-    result["groups"] = group_table(face_measures(p, age, low, high), labels)
+    result["groups"] = group_table(face_measures(p, age, low, high, decode=decode), labels)
     if model.has_attributes and _any_known(faces.labels):
         q, _ = predict_split(model, faces, model.attributes, batch_size)
         attributes = {"gender": q[:, :2], "race": q[:, 2:]}
@@ -118,9 +139,8 @@ def run(
     columns |= {"low": np.round(low, 2), "high": np.round(high, 2)}
     (out / "worst.png").unlink(missing_ok=True)  # of an earlier run that showed faces
     if show_faces:
-        evaluation_plots.worst_errors(
-            out / "worst.png", faces, rows, age, median_age(np.asarray(p, np.float64)), low, high
-        )
+        predicted = get_decoder(decode)(np.asarray(p, np.float64))
+        evaluation_plots.worst_errors(out / "worst.png", faces, rows, age, predicted, low, high)
     write_results(out, result, p, age, np.asarray(faces.labels["file"])[rows], columns=columns)
     print(summary(result))
     print(f"written to {out}: report.html, report.md, metrics.json, predictions.csv")
@@ -167,10 +187,15 @@ def conformal_constants(
 
 
 def intervals(
-    p: Float[np.ndarray, "n 117"], constants: Mapping[str, Any] | None
+    p: Float[np.ndarray, "n 117"],
+    constants: Mapping[str, Any] | None,
+    *,
+    decode: str = "median",
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """(low, high) in years of the 90 % intervals: conformal, without constants the posterior's."""
-    return conformal_interval(p, constants["years"]) if constants else posterior_interval(p)
+    if constants:
+        return conformal_interval(p, constants["years"], decode=decode)
+    return posterior_interval(p)
 
 
 def interval_scores(
@@ -199,9 +224,11 @@ def face_measures(
     age: Int[np.ndarray, " n"],
     low: Float[np.ndarray, " n"],
     high: Float[np.ndarray, " n"],
+    *,
+    decode: str = "median",
 ) -> dict[str, Float[np.ndarray, " n"]]:
     """What `groups` averages, one value a face: errors in years, shares as 0 or 1."""
-    predicted = median_age(np.asarray(p, np.float64))
+    predicted = get_decoder(decode)(np.asarray(p, np.float64))
     error = predicted - age
     return {
         "mae": np.abs(error),
@@ -218,6 +245,7 @@ def score(
     age: Int[np.ndarray, " n"],
     *,
     train_age: Int[np.ndarray, " m"],
+    decode: str = "median",
     seed: int = 0,
     resamples: int = 1000,
 ) -> dict[str, Any]:
@@ -236,7 +264,7 @@ def score(
         raise ValueError(
             "the predictions hold NaN: the run diverged, evaluate an earlier checkpoint"
         )
-    predicted = median_age(p)
+    predicted = get_decoder(decode)(p)
     true_class, predicted_class = age_class(age), age_class(predicted)
     signed = predicted - age
     error = np.abs(signed)
@@ -245,6 +273,7 @@ def score(
     matrix = confusion_matrix(true_class, predicted_class, len(CLASS_NAMES))
     return {
         "images": len(age),
+        "decode": decode,
         "mae": mae(age, predicted),
         "mae_interval": bootstrap_interval(error, seed=seed, resamples=resamples),
         "median_error": float(np.median(error)),
@@ -347,7 +376,9 @@ def attribute_table(
     labels: Mapping[str, Int[np.ndarray, " n"]],
     train_labels: Mapping[str, Int[np.ndarray, " m"]],
 ) -> list[dict[str, Any]]:
-    """Accuracy of gender and race over the faces whose label is known, beside the commonest one.
+    """Accuracy and macro-F1 of gender and race over the faces whose label is known.
+
+    Beside the accuracy of always answering the commonest one of training.
 
     `p` holds class probabilities for 'gender' and 'race'; labels below zero are unknown. An
     attribute that is known of no face here, or was of none in training, has no row.
@@ -364,6 +395,7 @@ def attribute_table(
                 "attribute": name,
                 "support": known,
                 "accuracy": accuracy(true, p[name].argmax(-1)),
+                "macro_f1": macro_f1(true, p[name].argmax(-1)),
                 "constant": accuracy(true, np.full(len(true), commonest)),
             }
         )
@@ -390,9 +422,10 @@ def write_results(
 
     `columns` are further ones of predictions.csv, a value a face.
     """
-    predicted = median_age(np.asarray(p, np.float64))
+    decode = result.get("decode", "median")
+    predicted = get_decoder(decode)(np.asarray(p, np.float64))
     write_json(out / "metrics.json", result)
-    rows = prediction_rows(p, age, files)
+    rows = prediction_rows(p, age, files, decode=decode)
     for name, values in (columns or {}).items():
         for row, value in zip(rows, np.asarray(values).tolist(), strict=True):
             row[name] = value
@@ -405,11 +438,15 @@ def write_results(
 
 
 def prediction_rows(
-    p: Float[np.ndarray, "n 117"], age: Int[np.ndarray, " n"], files: np.ndarray
+    p: Float[np.ndarray, "n 117"],
+    age: Int[np.ndarray, " n"],
+    files: np.ndarray,
+    *,
+    decode: str = "median",
 ) -> list[dict[str, Any]]:
     """One row an image: index, file, true and predicted age and class, the class probabilities."""
     p = np.asarray(p, np.float64)
-    predicted, classes = median_age(p), class_probabilities(p)
+    predicted, classes = get_decoder(decode)(p), class_probabilities(p)
     true_class, predicted_class = age_class(np.asarray(age)), age_class(predicted)
     return [
         {
@@ -477,12 +514,13 @@ def headline_table(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Report sections from what metrics.json holds and the pictures in `folder`."""
+    decoded = DECODED[result.get("decode", "median")]
     classes = [
         {**row, **{key: percent(row[key]) for key in ("precision", "recall", "f1")}}
         for row in result["classes"]
     ]
     attributes = [
-        {**row, "accuracy": percent(row["accuracy"]), "constant": percent(row["constant"])}
+        {**row, **{key: percent(row.get(key)) for key in ("accuracy", "macro_f1", "constant")}}
         for row in result.get("attributes", [])
     ]
     headline = [*evaluation_page.headline(result), {"table": headline_table(result)}]
@@ -493,14 +531,14 @@ def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
         {
             "title": "Age classes",
             "blocks": [
-                {"table": classes, "note": "mae in years; the class is that of the median age"},
+                {"table": classes, "note": f"mae in years; the class is that of the {decoded}"},
                 _figure(folder / "confusion.png", "True class down, predicted class across"),
             ],
         },
         {
             "title": "Age in years",
             "blocks": [
-                _figure(folder / "scatter.png", "Predicted (posterior median) against true age"),
+                _figure(folder / "scatter.png", f"Predicted ({decoded}) against true age"),
                 _figure(folder / "cs.png", "Faces with an error of at most so many years"),
                 _figure(folder / "bands.png", "Mean absolute error by true age"),
                 {"table": result["bands"], "note": "mae and bias (predicted − true) in years"},

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coatnet_jax.ages import DECODED
 from coatnet_jax.conformal import METHOD
 from coatnet_jax.groups import MINIMUM
 from coatnet_jax.pages import percent, share_range
@@ -92,6 +93,8 @@ def circumstances(result: Mapping[str, Any]) -> str:
         f"answer is {base['median_age']:.0f} years and class {base['majority_class']}, the median "
         "and the commonest class of the training split."
     )
+    text += f" An age is the {DECODED[result.get('decode', 'median')]}"
+    text += f" of a run trained with `{result['loss']}`." if "loss" in result else "."
     trained = result.get("trained_on")
     if not trained:
         return text

@@ -1,4 +1,4 @@
-"""Fine-tuning for age: a distribution over 0-116 years, with light gender and race heads."""
+"""Fine-tuning for age with any of the `age_losses`, and light gender and race heads."""
 
 from functools import partial
 from pathlib import Path
@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jaxtyping import Array, Float, Int
 
-from coatnet_jax.ages import N_AGES, age_class, expected_age, median_age
+from coatnet_jax.age_losses import age_distribution, get_age_loss
+from coatnet_jax.ages import age_class, check_ages, expected_age, get_decoder
 from coatnet_jax.augment import mixup, supervised_view
 from coatnet_jax.heads import N_GENDERS, N_RACES, AgeModel
 from coatnet_jax.inference import Run, build_model, image_format, predict_split
-from coatnet_jax.losses import age_distribution, cross_entropy, get_age_loss
+from coatnet_jax.losses import balanced_weights, cross_entropy
 from coatnet_jax.metrics import accuracy, mae
 from coatnet_jax.stage import Setting, open_stage, run_stage
 from coatnet_jax.train_state import TrainState, apply_gradients
@@ -21,8 +23,14 @@ from coatnet_jax.train_state import TrainState, apply_gradients
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
     """Fine-tune into `workdir`, going on from its checkpoint; whether the run came to its end."""
-    get_age_loss(config.loss.name)  # a misspelled loss should fail before anything is loaded
+    # What is misspelled should fail before anything is loaded.
+    get_age_loss(config.loss.name)
+    get_decoder(config.loss.get("decode", "median"))
     setting = open_stage(config, workdir, patience=config.monitor.patience)
+    labels = setting.train_faces.labels
+    check_ages(labels["age"], "the training split")
+    check_ages(setting.validation_faces.labels["age"], "the validation split")
+    balanced = config.loss.get("balanced", False)
     model = build_model(config)
     return run_stage(
         setting,
@@ -37,6 +45,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
             sigma=config.loss.sigma,
             gender_weight=config.loss.gender,
             race_weight=config.loss.race,
+            gender_classes=balanced_weights(labels["gender"], N_GENDERS) if balanced else None,
+            race_classes=balanced_weights(labels["race"], N_RACES) if balanced else None,
             mixup_alpha=config.mixup,
             ema=config.ema,
         ),
@@ -51,7 +61,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
 @partial(
     jax.jit,
     static_argnames=(
-        "model tx view loss_name sigma gender_weight race_weight mixup_alpha ema".split()
+        "model tx view loss_name sigma gender_weight race_weight "
+        "gender_classes race_classes mixup_alpha ema".split()
     ),
     donate_argnames="state",
 )
@@ -68,23 +79,25 @@ def finetune_train_step(
     race_weight: float,
     mixup_alpha: float,
     ema: float,
+    gender_classes: tuple[float, ...] | None = None,
+    race_classes: tuple[float, ...] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One supervised step on a batch of `image`, `age`, `gender`, `race`: (state, metrics).
 
-    `mae` is that of the expected age against the (mixed) label's, in years, on the augmented views.
+    `gender_classes` and `race_classes` weigh the classes (`balanced_weights`; None: all 1). `mae`
+    is that of the expected age against the (mixed) label's, in years, on the augmented views.
     """
     rng_view, rng_mixup, rng_dropout = jax.random.split(
         jax.random.fold_in(state.rng, state.step), 3
     )
+    age_loss = get_age_loss(loss_name)
     targets = {
-        "age": age_distribution(batch["age"], sigma=sigma),
-        # An unknown label (-1) gives a row of zeros, which adds nothing to the loss.
-        "gender": jax.nn.one_hot(batch["gender"], N_GENDERS),
-        "race": jax.nn.one_hot(batch["race"], N_RACES),
-        "years": jax.nn.one_hot(batch["age"], N_AGES),
+        "age": age_loss.label(batch["age"], sigma=sigma),
+        "gender": class_labels(batch["gender"], N_GENDERS, weights=gender_classes),
+        "race": class_labels(batch["race"], N_RACES, weights=race_classes),
+        "years": age_distribution(batch["age"], sigma=0),
     }
     images, targets = mixup(rng_mixup, view(rng_view, batch["image"]), targets, alpha=mixup_alpha)
-    age_loss = get_age_loss(loss_name)
 
     def loss_fn(params):
         out, mutated = model.apply(
@@ -94,13 +107,13 @@ def finetune_train_step(
             mutable=["batch_stats"],
             rngs={"dropout": rng_dropout},
         )
-        loss = jnp.mean(age_loss(out["age"], targets["age"]))
+        loss = jnp.mean(age_loss.loss(out["age"], targets["age"]))
         total = loss + gender_weight * jnp.mean(cross_entropy(out["gender"], targets["gender"]))
         total = total + race_weight * jnp.mean(cross_entropy(out["race"], targets["race"]))
         return total, (loss, out["age"], mutated["batch_stats"])
 
-    grads, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-    off = expected_age(jax.nn.softmax(logits)) - expected_age(targets["years"])
+    grads, (loss, outputs, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    off = expected_age(age_loss.probabilities(outputs)) - expected_age(targets["years"])
     metrics = {
         "loss": loss,
         "mae": jnp.mean(jnp.abs(off)),
@@ -109,15 +122,23 @@ def finetune_train_step(
     return apply_gradients(state, grads, batch_stats, tx=tx, ema=ema), metrics
 
 
+def class_labels(
+    label: Int[Array, "b"], classes: int, *, weights: tuple[float, ...] | None = None
+) -> Float[Array, "b k"]:
+    """One-hot rows, each times its class's weight; zeros, which add no loss, where it is -1."""
+    one_hot = jax.nn.one_hot(label, classes)
+    return one_hot if weights is None else one_hot * jnp.asarray(weights)
+
+
 def evaluate(state: TrainState, *, setting: Setting) -> dict[str, float]:
-    """MAE (years) of the posterior median and 4-class accuracy on the whole validation split."""
+    """MAE (years) and 4-class accuracy of the decoded ages on the whole validation split."""
     run = Run(
         setting.config, state.eval_variables, setting.mesh, batch_size=setting.config.batch_size
     )
     probabilities, labels = predict_split(
         run, setting.validation_faces, partial(run.probabilities, flip=False), run.batch_size
     )
-    predicted = median_age(probabilities)
+    predicted = get_decoder(run.decode)(probabilities)
     return {
         "mae": mae(labels["age"], predicted),
         "accuracy": accuracy(age_class(labels["age"]), age_class(predicted)),

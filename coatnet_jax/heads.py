@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from coatnet_jax.ages import N_AGES
+
 N_GENDERS = 2
 N_RACES = 5
 # Near zero: the first predictions are near uniform, whatever the hidden layer says.
@@ -45,40 +47,72 @@ class ClassifierModel(nn.Module):
         return {"features": features, "logits": logits}
 
 
-class AgeHead(nn.Module):
-    """One hidden tanh layer, shared, and a linear layer each for age, gender and race."""
+class SharedWeights(nn.Module):
+    """One weight vector for all outputs and a bias for each: CORAL's layer (arXiv 1901.07884)."""
 
-    n_ages: int = 117
+    outputs: int
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b outputs"]:
+        """Returns w x + bias in float32."""
+        kernel = self.param("kernel", logits_init, (x.shape[-1], 1))
+        return x @ kernel + self.param("bias", self.bias_init, (self.outputs,))
+
+
+class AgeHead(nn.Module):
+    """One hidden tanh layer, shared, and a linear layer each for age, gender and race.
+
+    The layer for age is made as the loss needs it (`age_losses.AgeLoss.head`): `age_outputs` of
+    them, with one weight vector for all where `shared_weights`, their biases starting at
+    `age_bias` (None: zeros).
+    """
+
+    age_outputs: int = N_AGES
     dropout: float = 0.0
+    shared_weights: bool = False
+    age_bias: tuple[float, ...] | None = None
 
     @nn.compact
     def __call__(self, features: Float[Array, "b d"], *, train: bool) -> dict[str, jax.Array]:
-        """Returns float32 logits: age [b, n_ages], gender [b, 2], race [b, 5]."""
+        """Returns float32 outputs: age [b, age_outputs], gender [b, 2], race [b, 5]."""
         x = jnp.tanh(nn.Dense(features.shape[-1], name="hidden")(features))
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        sizes = {"age": self.n_ages, "gender": N_GENDERS, "race": N_RACES}
         return {
-            name: nn.Dense(size, kernel_init=logits_init, name=name)(x)
-            for name, size in sizes.items()
+            "age": self._age_layer()(x),
+            "gender": nn.Dense(N_GENDERS, kernel_init=logits_init, name="gender")(x),
+            "race": nn.Dense(N_RACES, kernel_init=logits_init, name="race")(x),
         }
+
+    def _age_layer(self) -> nn.Module:
+        start = nn.initializers.zeros
+        if self.age_bias is not None:
+            start = lambda _, shape, dtype=jnp.float32: jnp.array(self.age_bias, dtype)  # noqa: E731
+        if self.shared_weights:
+            return SharedWeights(self.age_outputs, start, name="age")
+        return nn.Dense(self.age_outputs, kernel_init=logits_init, bias_init=start, name="age")
 
 
 class AgeModel(nn.Module):
     """A backbone and an `AgeHead`; parameters under `backbone` and `head`."""
 
     backbone: nn.Module
-    n_ages: int = 117
+    age_outputs: int = N_AGES
     dropout: float = 0.0
+    shared_weights: bool = False
+    age_bias: tuple[float, ...] | None = None
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], *, train: bool) -> dict[str, jax.Array]:
-        """Returns the head's logits and the backbone's `features` [b, D], all float32.
+        """Returns the head's outputs and the backbone's `features` [b, D], all float32.
 
         Training with dropout or drop path needs an rng named 'dropout'.
         """
         features = self.backbone(images, train=train)
-        logits = AgeHead(self.n_ages, self.dropout, name="head")(features, train=train)
-        return {"features": features, **logits}
+        head = AgeHead(
+            self.age_outputs, self.dropout, self.shared_weights, self.age_bias, name="head"
+        )
+        return {"features": features, **head(features, train=train)}
 
 
 class ProjectionHead(nn.Module):

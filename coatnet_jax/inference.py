@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from coatnet_jax.age_losses import get_age_loss
 from coatnet_jax.augment import IMAGE_MEAN, IMAGE_STD, eval_view
 from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.config import read_config
@@ -43,7 +44,8 @@ def build_model(config: ml_collections.ConfigDict) -> nn.Module:
     if config.stage == "pretrain":
         return create_siamese(config, create_backbone(config.model.name, **options))
     frozen_below = first_trained_stage(config.optim.train_from)
-    return AgeModel(create_backbone(config.model.name, frozen_below=frozen_below, **options))
+    backbone = create_backbone(config.model.name, frozen_below=frozen_below, **options)
+    return AgeModel(backbone, **get_age_loss(config.loss.name).head)
 
 
 def normalisation(config: ml_collections.ConfigDict) -> dict[str, tuple[float, ...]]:
@@ -70,17 +72,26 @@ def features_step(
     return model.apply(variables, eval_view(images, **view), train=False)["features"]
 
 
-@partial(jax.jit, static_argnames=("model", "flip", *VIEW))
+@partial(jax.jit, static_argnames=("model", "flip", "loss_name", *VIEW))
 def probabilities_step(
-    variables: Any, images: UInt8[Array, "b h w 3"], *, model: AgeModel, flip: bool, **view: Any
+    variables: Any,
+    images: UInt8[Array, "b h w 3"],
+    *,
+    model: AgeModel,
+    flip: bool,
+    loss_name: str = "kl_l1",
+    **view: Any,
 ) -> Float[Array, "b 117"]:
-    """Probabilities of the ages 0-116; with `flip`, the mean over the image and its mirror."""
+    """Probabilities of the ages 0-116; with `flip`, the mean over the image and its mirror.
+
+    `loss_name` is the age loss of the model, which says how its outputs are read.
+    """
+    read = get_age_loss(loss_name).probabilities
     views = eval_view(images, **view)
-    logits = model.apply(variables, views, train=False)["age"]
-    probabilities = jax.nn.softmax(logits)
+    probabilities = read(model.apply(variables, views, train=False)["age"])
     if flip:
-        mirrored = model.apply(variables, views[:, :, ::-1], train=False)["age"]
-        probabilities = (probabilities + jax.nn.softmax(mirrored)) / 2
+        mirrored = read(model.apply(variables, views[:, :, ::-1], train=False)["age"])
+        probabilities = (probabilities + mirrored) / 2
     return probabilities
 
 
@@ -163,6 +174,16 @@ class Run:
             )
         return GEOMETRIES[name]
 
+    @property
+    def decode(self) -> str:
+        """How ages are read from the probabilities: 'median', 'mean' or 'argmax'."""
+        return self.config.loss.get("decode", "median")
+
+    @property
+    def answers_one_age(self) -> bool:
+        """Whether the run's loss is a regression, whose probabilities say nothing of doubt."""
+        return get_age_loss(self.config.loss.name).point
+
     def features(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:
         """Features of the backbone."""
         return apply_in_batches(
@@ -207,6 +228,7 @@ class Run:
             probabilities_step,
             model=build_model(self.config),
             flip=flip,
+            loss_name=self.config.loss.name,
             **image_format(self.config),
         )
 

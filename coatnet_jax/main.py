@@ -142,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--which", default="best", help="checkpoint: best, latest or a step")
     evaluate.add_argument(
+        "--decode",
+        help="age read from the probabilities: median, mean, argmax (default: the run's)",
+    )
+    evaluate.add_argument(
         "--no-flip", action="store_true", help="do not average with the mirror image"
     )
 
@@ -305,6 +309,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         which=arguments.which,
         splits=arguments.splits,
         show_faces=not arguments.no_faces,
+        decode=arguments.decode,
     )
 
 

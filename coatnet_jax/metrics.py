@@ -32,6 +32,18 @@ def balanced_accuracy(true: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"
     return float(np.mean([np.mean(predicted[true == c] == c) for c in np.unique(true)]))
 
 
+def macro_f1(true: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"]) -> float:
+    """The mean F1 (0-1) of the classes that occur or are predicted; NaN when none is known."""
+    true, predicted = _known(true, predicted)
+    if not len(true):
+        return float("nan")
+    f1 = []
+    for c in np.union1d(true, predicted):
+        hits = np.sum((true == c) & (predicted == c))
+        f1.append(2 * hits / (np.sum(true == c) + np.sum(predicted == c)))
+    return float(np.mean(f1))
+
+
 def confusion_matrix(
     true: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"], n: int
 ) -> Int[np.ndarray, "n n"]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from coatnet_jax import plots
-from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, median_age
+from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, get_decoder
 from coatnet_jax.conformal import conformal_interval, posterior_interval, read_constants
 from coatnet_jax.inference import Run, load_run
 from coatnet_jax.pages import write_csv
@@ -101,6 +101,9 @@ def run(
             "intervals are the model's own (posterior), not calibrated: coatnet-jax evaluate "
             f"{run_dir} calibrates them"
         )
+    if model.answers_one_age:
+        no_doubt = "is about as wide for every face" if constants else "measures no doubt"
+        print(f"trained to give one age, not a distribution: the 90 % interval {no_doubt}")
     if annotate:
         write_pictures(out, rows)
     also = ", predictions.png and annotated/" if annotate else ""
@@ -229,8 +232,9 @@ def predict_files(
     def flush(count: int) -> None:
         if batch := waiting[:count]:
             p = model.probabilities(np.stack([crop for _, crop in batch]))
+            options = {"decode": model.decode, "constants": constants}
             named = zip(batch, p, strict=True)
-            rows.extend(prediction_row(look, q, constants=constants) for (look, _), q in named)
+            rows.extend(prediction_row(look, q, **options) for (look, _), q in named)
             del waiting[:count]
 
     for path in paths:
@@ -250,21 +254,29 @@ def predict_files(
 
 
 def prediction_row(
-    look: Look, p: Float[np.ndarray, " 117"], *, constants: Mapping[str, Any] | None = None
+    look: Look,
+    p: Float[np.ndarray, " 117"],
+    *,
+    decode: str = "median",
+    constants: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What `p` says: age (posterior median) and its 90 % interval in years, class, probabilities.
+    """What `p` says: age (read by `decode`) and its 90 % interval in years, class, probabilities.
 
     `interval` says whose interval it is: 'conformal' with the constants of an evaluation, else
     'posterior', the 5 and 95 % quantiles as the model believes them. `probability` is that of the
-    class that holds the median, so age and class never disagree. The box is in pixels of the
-    upright photo, None where the picture was taken whole. Raises ValueError when `p` holds NaN.
+    class that holds the age, so age and class never disagree. The box is in pixels of the upright
+    photo, None where the picture was taken whole. Raises ValueError when `p` holds NaN.
     """
     p = np.asarray(p, np.float64)
     if not np.isfinite(p).all():
         raise ValueError("the predictions hold NaN: the run diverged, take an earlier checkpoint")
-    age, classes = float(median_age(p)), class_probabilities(p)
+    age, classes = float(get_decoder(decode)(p)), class_probabilities(p)
     chosen = int(age_class(np.float64(age)))
-    ends = conformal_interval(p, constants["years"]) if constants else posterior_interval(p)
+    ends = (
+        conformal_interval(p, constants["years"], decode=decode)
+        if constants
+        else posterior_interval(p)
+    )
     low, high = map(float, ends)
     box = look.face.box.round(1).tolist() if look.face else [None] * 4
     return {

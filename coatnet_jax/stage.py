@@ -30,6 +30,8 @@ FREE_KEYS = (
     *("max_minutes", "log_every", "track"),
     *("data.root", "data.workers", "data.cache", "data.crop"),
 )
+# Keys that older runs lack, and what they did.
+LATER_KEYS = {"loss.decode": "median", "loss.balanced": False}
 CACHES = ("none", "host", "device")
 
 
@@ -102,7 +104,7 @@ def _check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None
     differing = [
         f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and key not in FREE_KEYS
+        if there.get(key, LATER_KEYS.get(key)) != here.get(key) and key not in FREE_KEYS
     ]
     if differing:
         raise ValueError(

@@ -76,10 +76,14 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.mixup = 0.1  # alpha of the Beta distribution; 0: off
 
     config.loss = ml_collections.ConfigDict()
-    config.loss.name = "kl_l1"  # or cross_entropy, mean_variance
-    config.loss.sigma = 2.0  # years; width of the Gaussian label
+    # Or cross_entropy, dldl, sord, sord_squared, mean_variance, mean_residue, or_cnn, coral, corn,
+    # l1, mse, classes_4, bins_9: `coatnet_jax/age_losses.py` says what each one is.
+    config.loss.name = "kl_l1"
+    config.loss.sigma = 2.0  # years; width of the Gaussian label of kl_l1 and dldl
+    config.loss.decode = "median"  # or mean, argmax: the age that the probabilities stand for
     config.loss.gender = 0.1  # weight of the auxiliary gender head; 0: off
     config.loss.race = 0.1  # weight of the auxiliary race head; 0: off
+    config.loss.balanced = False  # every gender and every race weighs the same in their losses
 
     config.optim = optim = ml_collections.ConfigDict()
     optim.name = "adamw"

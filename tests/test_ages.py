@@ -78,3 +78,21 @@ def test_jax_and_numpy_agree_and_keep_their_kind(p, read):
     theirs, ours = jax.jit(read)(jnp.asarray(p)), read(p)
     assert isinstance(theirs, jax.Array) and not isinstance(ours, jax.Array)
     np.testing.assert_allclose(theirs, ours, atol=2e-3)
+
+
+def test_decoders_are_median_mean_and_mode():
+    row = np.zeros(117)
+    row[[10, 20, 60]] = 0.4, 0.35, 0.25
+    decoded = {name: float(ages.get_decoder(name)(row)) for name in ages.DECODERS}
+    assert decoded["median"] == pytest.approx(19.5 + 0.1 / 0.35)
+    assert decoded["mean"] == pytest.approx(4 + 7 + 15)
+    assert decoded["argmax"] == 10
+    assert ages.DECODED.keys() == ages.DECODERS.keys()
+    with pytest.raises(ValueError, match="unknown loss.decode 'mode': choose from median, mean"):
+        ages.get_decoder("mode")
+
+
+def test_ages_outside_the_range_are_counted_and_named():
+    ages.check_ages(np.array([0, 116]), "the training split")
+    with pytest.raises(ValueError, match="2 of the 4 faces of the test split .* first one 130"):
+        ages.check_ages(np.array([5, 130, -1, 116]), "the test split")

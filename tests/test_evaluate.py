@@ -107,6 +107,19 @@ def test_class_follows_the_median_and_class_sums_stand_beside():
     assert (row["predicted_class"], float(row["p_<18"])) == ("18-40", 0.4)
 
 
+@pytest.mark.parametrize(("decode", "age", "mae"), [("mean", "25.00", 5), ("argmax", "17.00", 13)])
+def test_other_decoders_change_the_answer_and_are_named(tmp_path, decode, age, mae):
+    p = np.zeros((1, 117))
+    p[0, [17, 29, 33]] = 0.5, 0.25, 0.25  # mean 24
+    p[0, [17, 33]] += -0.0625, 0.0625  # 0.4375, 0.25, 0.3125: mean 25
+    result = evaluate.score(p, np.array([30]), train_age=AGE, decode=decode)
+    assert (result["decode"], result["mae"]) == (decode, pytest.approx(mae))
+    evaluate.write_results(tmp_path, result, p, np.array([30]), np.array(["a.jpg"]))
+    (row,) = csv.DictReader((tmp_path / "predictions.csv").open())
+    assert row["predicted"] == age
+    assert evaluate.DECODED[decode] in (tmp_path / "report.md").read_text()
+
+
 def test_empty_classes_give_none_and_a_dash(tmp_path):
     age, guess = np.array([20, 25, 30]), np.array([20, 45, 30])
     result = evaluate.score(one_hot(guess), age, train_age=age)
@@ -132,6 +145,7 @@ def test_attribute_accuracy_leaves_unknown_labels_out():
     (gender,) = evaluate.attribute_table(p, labels, train)
     assert (gender["support"], gender["accuracy"]) == (3, pytest.approx(1 / 3))
     assert gender["constant"] == pytest.approx(2 / 3)
+    assert gender["macro_f1"] == pytest.approx((0 + 2 / 4) / 2)
     labels["gender"] = np.full(4, -1)
     assert evaluate.attribute_table(p, labels, train) == []
 
@@ -174,8 +188,8 @@ def fake_faces(age, split):
 
 
 def fake_run(stage="finetune", **methods):
-    config = ConfigDict({"stage": stage, "data": {"splits": "default"}})
-    methods = {"has_attributes": False, **methods}
+    config = ConfigDict({"stage": stage, "data": {"splits": "default"}, "loss": {"name": "kl_l1"}})
+    methods = {"has_attributes": False, "decode": "median", **methods}
     return SimpleNamespace(
         config=config, stage=stage, step=7, source_size=8, batch_size=64, **methods
     )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coatnet_jax.age_losses import get_age_loss
 from coatnet_jax.heads import AgeModel, ClassifierHead, ProjectionHead, SiameseModel
 
 D = 12
@@ -50,6 +51,42 @@ def test_age_model_gives_three_logits_and_features_in_float32(images):
 def test_age_model_starts_near_uniform(images):
     out, _ = AgeModel(Backbone()).init_with_output(jax.random.key(0), images, train=False)
     np.testing.assert_allclose(jax.nn.softmax(out["age"]), 1 / 117, rtol=0.2)
+
+
+class HeadBeforeOtherLosses(nn.Module):
+    """The age head as it was when a softmax over ages was the only one."""
+
+    @nn.compact
+    def __call__(self, features):
+        x = jnp.tanh(nn.Dense(D, name="hidden")(features))
+        sizes = {"age": 117, "gender": 2, "race": 5}
+        init = nn.initializers.normal(0.01)
+        return {k: nn.Dense(n, kernel_init=init, name=k)(x) for k, n in sizes.items()}
+
+
+class ModelBeforeOtherLosses(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        return HeadBeforeOtherLosses(name="head")(Backbone(name="backbone")(images, train=False))
+
+
+def test_default_loss_has_the_parameters_it_always_had(images):
+    model = AgeModel(Backbone(), **get_age_loss("kl_l1").head)
+    now = model.init(jax.random.key(3), images, train=False)
+    before = ModelBeforeOtherLosses().init(jax.random.key(3), images)
+    assert jax.tree.structure(now) == jax.tree.structure(before)
+    jax.tree.map(np.testing.assert_array_equal, now, before)
+
+
+def test_coral_shares_one_weight_vector(images):
+    model = AgeModel(Backbone(), **get_age_loss("coral").head)
+    out, variables = model.init_with_output(jax.random.key(0), images, train=False)
+    age = variables["params"]["head"]["age"]
+    assert {name: leaf.shape for name, leaf in age.items()} == {"kernel": (D, 1), "bias": (116,)}
+    np.testing.assert_allclose(age["bias"], np.log((116 - np.arange(116)) / np.arange(1, 117)))
+    score = out["age"] - age["bias"]  # w x, the same for every k
+    np.testing.assert_allclose(score, np.broadcast_to(score[:, :1], (8, 116)), atol=1e-5)
+    assert np.ptp(score[:, 0]) > 1e-4
 
 
 def test_dropout_acts_in_training_only(images):

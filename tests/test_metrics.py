@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
 from coatnet_jax import metrics
 
@@ -48,3 +49,14 @@ def test_knn_mae_matches_a_loop_across_chunks():
 def test_knn_refuses_more_neighbours_than_rows():
     with pytest.raises(ValueError, match="k=20.*3 training rows"):
         metrics.knn_mae(np.eye(3), np.arange(3), np.eye(3), np.arange(3))
+
+
+def test_macro_f1_matches_scikit_learn():
+    rng = np.random.default_rng(4)
+    true, predicted = rng.integers(0, 4, 80), rng.integers(1, 5, 80)
+    expected = f1_score(true, predicted, average="macro")
+    assert metrics.macro_f1(true, predicted) == pytest.approx(expected)
+    unknown = np.where(np.arange(80) < 40, true, -1)
+    expected = f1_score(true[:40], predicted[:40], average="macro")
+    assert metrics.macro_f1(unknown, predicted) == pytest.approx(expected)
+    assert np.isnan(metrics.macro_f1(np.full(3, -1), np.zeros(3, int)))

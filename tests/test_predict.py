@@ -31,6 +31,7 @@ class FakeRun(SimpleNamespace):
     """Answers with the age that the red channel names, one hundred per cent sure."""
 
     stage, source_size, geometry, step = "finetune", 32, UTKFACE, 7
+    decode, answers_one_age = "median", False
 
     def probabilities(self, images, *, flip=True):
         assert images.shape[1:] == (32, 32, 3) and images.dtype == np.uint8
@@ -59,6 +60,17 @@ def test_quantiles_invert_the_cumulative_distribution():
 def test_quantiles_stay_within_the_ages():
     assert age_quantile(np.eye(117)[0], 0.05) == 0
     assert age_quantile(np.eye(117)[116], 0.95) == 116
+
+
+def test_row_is_decoded_as_the_run_says(tmp_path):
+    p = np.zeros(117)
+    p[[10, 20, 60]] = 0.4, 0.35, 0.25
+    rows = {
+        d: predict.prediction_row(predict.Look(tmp_path / "a.jpg"), p, decode=d)
+        for d in ("mean", "argmax")
+    }
+    assert (rows["mean"]["age"], rows["mean"]["class"]) == (26.0, "18-40")
+    assert (rows["argmax"]["age"], rows["argmax"]["class"]) == (10.0, "<18")
 
 
 def test_row_agrees_with_itself(tmp_path):
@@ -110,6 +122,13 @@ def test_intervals_are_conformal_where_an_evaluation_left_its_constants(run, tmp
 def test_annotate_can_be_switched_off(run, tmp_path):
     predict.run("run", [picture(tmp_path / "a.png")], out=tmp_path / "out", annotate=False)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.csv"]
+
+
+@pytest.mark.parametrize("one_age", [True, False])
+def test_a_regression_is_said_to_give_no_interval(run, tmp_path, capsys, one_age):
+    run.answers_one_age = one_age
+    predict.run("run", [picture(tmp_path / "a.png")], out=tmp_path / "out", annotate=False)
+    assert ("the 90 % interval measures no doubt" in capsys.readouterr().out) == one_age
 
 
 @pytest.mark.parametrize(

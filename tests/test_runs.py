@@ -202,6 +202,35 @@ def test_run_writes_what_reproduces_it(finetuned):
     assert "drawn by this program" in (finetuned / "MODEL_CARD.md").read_text()
 
 
+def test_run_from_before_other_losses_is_read_and_gone_on_with(drawn_root, finetuned, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(finetuned, old)
+    config = json.loads((old / "config.json").read_text())
+    assert (config["loss"].pop("decode"), config["loss"].pop("balanced")) == ("median", False)
+    (old / "config.json").write_text(json.dumps(config))
+    result = evaluate.run(old, drawn_root / "drawn")
+    assert result == evaluate.run(finetuned, drawn_root / "drawn", out=tmp_path) | {"run": str(old)}
+    init_from = config["init_from"]
+    assert finetune.run(tiny("finetune", drawn_root, init_from=init_from), old)  # it is finished
+    other = tiny("finetune", drawn_root, init_from=init_from, **{"loss.decode": "mean"})
+    with pytest.raises(ValueError, match="loss.decode None there, 'mean' here"):
+        finetune.run(other, old)
+
+
+def test_other_head_decoder_and_balance_reach_every_result(drawn_root, tmp_path):
+    loss = {"loss.name": "mse", "loss.decode": "mean", "loss.balanced": True}
+    assert finetune.run(tiny("finetune", drawn_root, epochs=0.5, **loss), tmp_path / "run")
+    log = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    validation = [row for row in log if "accuracy" in row]
+    result = evaluate.run(
+        tmp_path / "run", drawn_root / "drawn", split="validation", flip=False, batch_size=16
+    )
+    assert (result["decode"], result["loss"]) == ("mean", "mse")
+    assert result["mae"] == pytest.approx(min(row["mae"] for row in validation), abs=1e-3)
+    assert {row["attribute"] for row in result["attributes"]} == {"gender", "race"}
+    assert all(0 <= row["macro_f1"] <= 1 for row in result["attributes"])
+
+
 def test_every_stage_runs_on_faces_without_gender_and_race(drawn_root, tmp_path, capsys):
     for path in (drawn_root / "pictures").glob("*.jpg"):
         copy = tmp_path / "faces" / path.name.split("_")[0] / path.name[-25:]
@@ -263,7 +292,7 @@ def call(capsys, *argv):
     return stop.value.code or 0, capsys.readouterr().err
 
 
-def test_command_line_errors_are_one_line(drawn_root, pretrained, tmp_path, capsys):
+def test_command_line_errors_are_one_line(drawn_root, pretrained, finetuned, tmp_path, capsys):
     root = f"--config.data.root={drawn_root}"
     pre = ["pretrain", "--config=pretrain:atto,drawn", root, f"--workdir={tmp_path}/x"]
     fine = ["finetune", "--config=finetune:atto,drawn", root, f"--workdir={tmp_path}/x"]
@@ -286,10 +315,12 @@ def test_command_line_errors_are_one_line(drawn_root, pretrained, tmp_path, caps
         [*pre, "--config.model.name=coatnet_9"],
         [*pre, "--config.optim.name=adam"],
         [*fine, "--config.loss.name=kl"],
+        [*fine, "--config.loss.decode=mode"],
         [*fine, "--config.init_from=nowhere"],
         [*fine, f"--config.init_from={broken}"],
         [*fine, "--config.optim.train_from=stage9"],
         ["evaluate", str(pretrained)],
+        ["evaluate", str(finetuned), "--decode", "mode"],
         ["evaluate", str(empty)],
         ["embed", str(pretrained), "--split", "holdout"],
         ["predict", str(pretrained), str(tmp_path / "missing.jpg")],

@@ -9,11 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from coatnet_jax.augment import simclr_view, supervised_view
+from coatnet_jax import finetune
+from coatnet_jax.age_losses import AGE_LOSSES, get_age_loss
+from coatnet_jax.augment import eval_view, simclr_view, supervised_view
 from coatnet_jax.coatnet import CoAtNet, CoAtNetConfig
 from coatnet_jax.config import load_config
 from coatnet_jax.finetune import finetune_train_step
 from coatnet_jax.heads import AgeModel, ProjectionHead, SiameseModel
+from coatnet_jax.losses import cross_entropy
 from coatnet_jax.pretrain import first_extra, pretrain_train_step
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_batch
 from coatnet_jax.ssl.methods import METHODS, create_method, create_siamese
@@ -114,6 +117,66 @@ def test_unknown_gender_moves_nothing_in_its_head():
         for name in ("age", "gender", "race")
     }
     assert moved == {"age": True, "gender": False, "race": True}
+
+
+class Stripes(nn.Module):
+    """A backbone small enough to be traced for every loss: the brightness of each row."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        rows = nn.BatchNorm(use_running_average=not train, name="norm")(images.mean((2, 3)))
+        return nn.Dense(8, name="mix")(rows)
+
+
+def plain_view(rng, images):
+    """The whole picture, nothing random: quick to trace."""
+    return eval_view(images, size=SIZE)
+
+
+def age_step(name, tx, **options):
+    """(state, step) of one age loss on the small backbone."""
+    model = AgeModel(Stripes(), **get_age_loss(name).head)
+    variables = init_variables(jax.random.key(0), model, image_size=SIZE)
+    state = create_train_state(jax.random.key(1), variables, tx, ema=True)
+    own = {"loss_name": name, "model": model, "tx": tx, "view": plain_view}
+    return state, partial(finetune_train_step, **FINETUNE[1].keywords | own | options)
+
+
+@pytest.mark.parametrize("name", AGE_LOSSES)
+def test_finetune_step_is_traced_with_every_loss(name):
+    state, step = age_step(name, SGD)
+    after, metrics = jax.eval_shape(step, state, make_batch())
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
+    assert all(jax.tree.leaves(same))
+    assert metrics.keys() == {"loss", "mae", "grad_norm"}
+
+
+@pytest.mark.parametrize("name", ["coral", "mse"])
+def test_finetune_step_learns_with_other_heads(name):
+    state, step = age_step(name, optax.adam(0.02), mixup_alpha=0.0)
+    batch = make_batch()
+    errors = []
+    for _ in range(60):
+        state, metrics = step(state, batch)
+        errors.append(float(metrics["mae"]))
+    assert np.mean(errors[-5:]) < 0.6 * np.mean(errors[:5])
+
+
+def test_step_refuses_a_head_made_for_another_loss():
+    state, step = age_step("kl_l1", SGD)
+    with pytest.raises(ValueError, match="'coral' needs a head with 116 outputs"):
+        jax.eval_shape(partial(step, loss_name="coral"), state, make_batch())
+
+
+def test_class_weights_scale_the_loss_of_each_class():
+    weights = (0.5, 3.0)
+    label = jnp.array([0, 1, -1, 1])
+    rows = finetune.class_labels(label, 2, weights=weights)
+    logits = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    expected = [-0.5 * log_p[0, 0], -3 * log_p[1, 1], 0, -3 * log_p[3, 1]]
+    np.testing.assert_allclose(cross_entropy(logits, rows), expected, rtol=1e-5)
+    np.testing.assert_array_equal(finetune.class_labels(label, 2), jax.nn.one_hot(label, 2))
 
 
 def test_moving_average_follows_the_parameters():
