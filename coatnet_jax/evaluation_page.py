@@ -199,7 +199,9 @@ def group_blocks(result: Mapping[str, Any], folder: Path) -> list[Block]:
         "say nothing; groups differ in their ages and pictures, so that a difference between them "
         "has more than one cause."
     )
-    unknown = [f"{key} of {n:,}" for key, n in result.get("unknown", {}).items() if n]
+    total, unknown = result["images"], result.get("unknown", {})
+    # Where nothing of the kind is known there are no such groups to miss anyone.
+    unknown = [f"{key} of {n:,}" for key, n in unknown.items() if 0 < n < total]
     if unknown:
         text += f" Unknown, and in no group: {', '.join(unknown)} faces."
     captions = {

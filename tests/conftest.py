@@ -4,7 +4,10 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # On a busy machine eight devices on two cores meet late; XLA would abort after 40 seconds.
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 
 from pathlib import Path
