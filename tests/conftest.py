@@ -12,8 +12,10 @@ os.environ["XLA_FLAGS"] = (
 
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 
 flags.FLAGS.mark_as_parsed()
 
@@ -40,3 +42,13 @@ def drawn_root(tmp_path_factory) -> Path:
     pictures = write_drawn_faces(root / "pictures", count=160, size=48, seed=0)
     prepare([str(pictures)], root, name="drawn", progress=lambda *_: None)
     return root
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """What the module compiles is read back the next time it is compiled. For one device only:
+    XLA crashes where it writes down what it compiled for the eight that are forced here."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()  # without it, the cache would be written to the end

@@ -25,16 +25,14 @@ HALVES = [0.5, 0.5, 0.5]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles(tmp_path_factory):
+def quick_compiles(compiled_once):
     """A small `coatnet_nano_rw` on one device."""
     with pytest.MonkeyPatch.context() as patch:
         small = coatnet_rw.RWConfig((8, 8, 32, 32, 32), (1, 1, 1, 1, 1), stem_width=8)
         patch.setitem(coatnet_rw.RW_VARIANTS, NAME, small)
         for user in (stage, inference):
             patch.setattr(user, "make_mesh", partial(sharding.make_mesh, 1))
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
         yield
-        jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from input_pipeline.prepare import prepare
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles(tmp_path_factory):
+def quick_compiles(compiled_once):
     """A small `coatnet_atto` on one device, compiled once for all runs of a kind: what is tested
     here is the run, and compile time is most of the time."""
     with pytest.MonkeyPatch.context() as patch:
@@ -38,9 +38,7 @@ def quick_compiles(tmp_path_factory):
         patch.setitem(coatnet.VARIANTS, "coatnet_atto", small)
         for user in (stage, inference):
             patch.setattr(user, "make_mesh", partial(sharding.make_mesh, 1))
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
         yield
-        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def tiny(kind, root, *, words="", **changes):
