@@ -44,10 +44,18 @@ def drawn_root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled():
+    """Every compiled function maps memory dozens of times, and Linux ends a process that maps more
+    than 65,530 times (vm.max_map_count): those of one module are dropped before the next."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
-    """What the module compiles is read back the next time it is compiled. For one device only:
-    XLA crashes where it writes down what it compiled for the eight that are forced here."""
+    """What the module compiles is read back the next time it is compiled. For models on
+    one device: what is compiled for the eight forced here would be written down for nothing."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     yield
     jax.config.update("jax_compilation_cache_dir", None)
