@@ -4,7 +4,8 @@ r"""The age losses under one short budget: error in years and accuracy of four c
     python benchmarks/age_losses.py --losses kl_l1 coral corn --seeds 0 1 2 --epochs 10
 
 Every run is `coatnet-jax finetune --config=finetune:MODEL,cpu` from random weights but for
-`loss.name`, the seed and the flags here; pictures are decoded once for each run and kept in memory.
+`loss.name`, the seed, the flags here and what so short a training asks for: small batches, no layer
+decay, a moving average over a hundred steps. Pictures are decoded once for each run and kept.
 What is finished is skipped and what was stopped goes on, so the same command may be given again.
 Scores are of the validation split, on which a loss may be chosen, with the picture and its mirror
 image. The table is printed after each run and written to OUT/age_losses.md.
@@ -33,7 +34,9 @@ def budget(arguments: argparse.Namespace, loss: str, seed: int):
     config.data.root, config.data.name, config.data.cache = arguments.root, arguments.name, "host"
     config.model.image_size = arguments.image_size
     config.data.image_size = round(arguments.image_size * 1.25)
-    config.optim.warmup_epochs = arguments.epochs / 8
+    config.batch_size, config.optim.lr = arguments.batch_size, arguments.lr
+    config.optim.warmup_epochs, config.optim.layer_decay = arguments.epochs / 8, 1.0
+    config.ema, config.mixup, config.log_every = 0.99, 0.0, 50
     config.monitor.patience = 0
     return config
 
@@ -82,6 +85,8 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=list(AGE_LOSSES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=8)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3, help="at batch 128; scaled linearly")
     parser.add_argument("--image-size", type=int, default=64, help="of the views, in pixels")
     parser.add_argument("--model", default="micro")
     parser.add_argument("--name", default="utkface", help="prepared data set")
