@@ -7,7 +7,15 @@ import grain
 import numpy as np
 import pytest
 
-from input_pipeline.pipeline import decode_image, decode_once, eval_loader, open_split, train_loader
+from input_pipeline import pipeline
+from input_pipeline.pipeline import (
+    Faces,
+    decode_image,
+    decode_once,
+    eval_loader,
+    open_split,
+    train_loader,
+)
 from input_pipeline.prepare import prepare
 
 N = 60
@@ -137,6 +145,24 @@ def test_pixels_decoded_once_give_the_same_batches(faces):
                 np.testing.assert_array_equal(b[name], array)
     (other,) = take(train_loader(held, **options(image_size=20)), 1)  # another size is decoded anew
     assert other["image"].shape == (8, 20, 20, 3) and other["image"].any()
+
+
+def test_files_held_in_memory_give_the_same_batches(faces, monkeypatch):
+    held = take(train_loader(faces, **options()), 5)
+    read = []
+    read_images = Faces.read_images
+
+    def counted(self, rows):
+        read.append(len(rows))
+        return read_images(self, rows)
+
+    monkeypatch.setattr(Faces, "read_images", counted)
+    monkeypatch.setattr(pipeline, "_FILES_BYTES", 0)  # too large a data set to be held
+    for a, b in zip(held, take(train_loader(faces, **options()), 5), strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["index"], b["index"])
+    assert sum(read) >= 5 * 8  # batches read as they came
+    assert faces.files is None
 
 
 def test_batches_without_images_have_the_same_rows(faces):
