@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         training.add_argument("--config.KEY", metavar="VALUE", help="set a value of the config")
         training.add_argument("--workdir", help="folder for checkpoints and results")
 
-    embed = add("embed", _embed, "t-SNE and kNN of a run's latent space, beside an untrained one's")
+    embed = add("embed", _embed, "what a run's features know of age, beside untrained ones")
     evaluate = add("evaluate", _evaluate, "four-class accuracy and age error of a fine-tuned run")
     for command, split in ((embed, "validation"), (evaluate, "test")):
         command.add_argument("run_dir", help="workdir of a training run")
@@ -134,12 +134,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", help="folder for the results (default: inside the run)")
         command.add_argument("--name", help="another prepared data set than the run's own")
         command.add_argument("--root", help="folder for built data (default: the run's)")
-    embed.add_argument("--max-points", type=int, default=2000, help="points of the t-SNE")
+        command.add_argument("--no-faces", action="store_true", help="no picture that shows faces")
+    embed.add_argument("--max-points", type=int, default=2000, help="faces in the pictures")
+    embed.add_argument(
+        "--perplexity",
+        nargs="+",
+        type=float,
+        default=[30, 10, 100],
+        metavar="P",
+        help="of t-SNE; the first is drawn by every label (default: 30 10 100)",
+    )
+    embed.add_argument("--umap", action="store_true", help="UMAP too (needs umap-learn)")
     evaluate.add_argument("--on", dest="name", help="the same as --name")
     evaluate.add_argument("--splits", help="table of splits (default: the run's own)")
-    evaluate.add_argument(
-        "--no-faces", action="store_true", help="no picture of the faces with the largest errors"
-    )
     evaluate.add_argument("--which", default="best", help="checkpoint: best, latest or a step")
     evaluate.add_argument(
         "--decode",
@@ -293,6 +300,9 @@ def _embed(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         out=arguments.out,
         max_points=arguments.max_points,
+        perplexity=arguments.perplexity,
+        with_umap=arguments.umap,
+        show_faces=not arguments.no_faces,
     )
 
 

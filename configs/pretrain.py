@@ -147,7 +147,7 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
 
     config.monitor = ml_collections.ConfigDict()
     config.monitor.every_epochs = 1.0
-    config.monitor.images = 2000  # training and validation images each, for the kNN age error
+    config.monitor.images = 2000  # training and validation images each, for the age errors
     config.log_every = 10
     config.track = ""  # besides metrics.jsonl: tensorboard, wandb, or both with a comma
 
