@@ -300,10 +300,11 @@ def write_results(
         )
         write_csv(out / f"{name}.csv", point_rows(picked, chosen, layouts, shown))
     if len(tsnes) > 1:
+        values = {float(kind.split()[1]): kind for kind in tsnes}
         embed_plots.perplexities(
             out / "perplexities.png",
-            {key: [points[kind] for kind in tsnes] for key, points in layouts.items()},
-            [float(kind.split()[1]) for kind in tsnes],
+            {key: [xy[values[v]] for v in sorted(values)] for key, xy in layouts.items()},
+            sorted(values),
             age=picked["age"],
         )
     write_json(out / "embed.json", result)

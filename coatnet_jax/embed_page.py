@@ -1,6 +1,7 @@
 """The words of `embed`: what its numbers are, and the sections of its page."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,38 +102,32 @@ def headline(result: Mapping[str, Any]) -> list[Block]:
 
 
 def score_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The measures of trained and untrained features, and of the constant answer."""
-    rows = [
-        {
-            "features": key,
-            "kNN MAE, years": s["knn_mae"],
-            "probe MAE, years": s.get("probe_mae"),
-            "kNN, 4 classes": _share(s, "knn_accuracy"),
-            "probe, 4 classes": _share(s, "probe_accuracy"),
-            "probe, balanced": _share(s, "probe_balanced_accuracy"),
-            "RankMe": s.get("rank_me"),
-            "silhouette": _signed(s.get("silhouette")),
-            "spread": f"{s['embedding_std']:.3f}",
-        }
-        for key, s in result["features"].items()
+    """A row for each measure: trained and untrained features, and the constant answer."""
+    constant = f"{result['constant_median_mae']:.2f}"
+    majority = percent(result.get("constant_class_accuracy"))
+    measures = [
+        ("kNN MAE, years", "knn_mae", "{:.2f}".format, constant),
+        ("linear probe MAE, years", "probe_mae", "{:.2f}".format, constant),
+        ("kNN, four classes", "knn_accuracy", percent, majority),
+        ("linear probe, four classes", "probe_accuracy", percent, majority),
+        ("kNN, balanced accuracy", "knn_balanced_accuracy", percent, "–"),
+        ("linear probe, balanced accuracy", "probe_balanced_accuracy", percent, "–"),
+        ("RankMe", "rank_me", "{:.1f}".format, "–"),
+        ("spread", "embedding_std", "{:.3f}".format, "–"),
+        ("silhouette of the classes", "silhouette", "{:+.3f}".format, "–"),
     ]
-    constant, majority = result["constant_median_mae"], result.get("constant_class_accuracy")
-    none = dict.fromkeys(rows[0]) | {
-        "features": "none: constant answer",
-        "kNN MAE, years": constant,
-        "probe MAE, years": constant,
-        "kNN, 4 classes": percent(majority),
-        "probe, 4 classes": percent(majority),
-    }
-    return [*rows, none]
 
+    def shown(value: float | None, words: Callable) -> str:
+        return "–" if value is None or math.isnan(value) else words(value)
 
-def _share(scores: Mapping[str, Any], measure: str) -> str:
-    return percent(scores.get(measure))
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:+.3f}"
+    return [
+        {
+            "": name,
+            **{key: shown(s.get(measure), words) for key, s in result["features"].items()},
+            "constant answer": constant_answer,
+        }
+        for name, measure, words, constant_answer in measures
+    ]
 
 
 def cloud_blocks(result: Mapping[str, Any], folder: Path) -> list[Block]:
@@ -157,8 +152,8 @@ def neighbour_blocks(result: Mapping[str, Any], folder: Path) -> list[Block]:
         return []
     text = (
         f"On each line a {result['split']} face, then the {result['knn_reference']} faces nearest "
-        "to it with the cosine of their features. What they share is what the features hold: age, "
-        "or light, pose and background."
+        "to it by their features; below each one its age, and the cosine. What they share is what "
+        "the features hold: age, or light, pose and background."
     )
     drawn = result.get("data_name", "").startswith("drawn")
     warning = [] if drawn else [{"text": f"**{LOCAL}** `--no-faces` leaves them out."}]
