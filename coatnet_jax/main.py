@@ -53,7 +53,9 @@ def _prepare_process() -> None:
     keep_freed_memory()
     flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl's flags
     # What was compiled once is read back the next time: a resumed run starts in seconds.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home() / "compiled"))
+    # But XLA crashes where it writes down what it compiled for several CPU devices.
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home() / "compiled"))
 
 
 def _train(command: str, argv: list[str]) -> int:
@@ -66,6 +68,9 @@ def _train(command: str, argv: list[str]) -> int:
             f"give one like --config={command}:micro"
         )
     _prepare_process()
+    from coatnet_jax.distributed import start
+
+    start(config.get("distributed", ""))
     if command == "pretrain":
         from coatnet_jax.pretrain import run
     else:

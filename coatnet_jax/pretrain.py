@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from coatnet_jax.augment import denormalize, eval_view, simclr_view
+from coatnet_jax.distributed import is_main
 from coatnet_jax.heads import SiameseModel
 from coatnet_jax.inference import Run, build_model, image_format, normalisation
 from coatnet_jax.metrics import knn_mae, mae
@@ -208,7 +209,8 @@ def draw_views(path: Path, setting: Setting, view: Any, *, faces: int = 12) -> N
     draw = jax.jit(view)  # one program for both views
     views = [pixels(draw(rng, images)) for rng in jax.random.split(jax.random.key(config.seed))]
     tiles = np.stack([whole, *views], axis=1).reshape(-1, *whole.shape[1:])
-    contact_sheet(path, list(tiles), columns=6)
+    if is_main():
+        contact_sheet(path, list(tiles), columns=6)
 
 
 def monitor_faces(setting: Setting) -> dict[str, np.ndarray]:

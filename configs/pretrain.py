@@ -103,6 +103,8 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.accumulate = 1
     config.init_from = ""  # a run or import-timm folder to take the backbone from
     config.max_minutes = 0.0  # stop cleanly after this long (0: never); the same command resumes
+    # Several processes: auto (a cluster tells), or HOST:PORT,PROCESSES,INDEX to each; empty: one.
+    config.distributed = ""
 
     config.data = data = ml_collections.ConfigDict()
     data.root = ""  # empty: $COATNET_JAX_HOME or the user's cache folder
