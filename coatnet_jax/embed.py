@@ -1,31 +1,40 @@
-"""What the features of a run know of age: t-SNE pictures and a nearest-neighbour check.
+"""What the features of a run know of age: neighbours, linear probes and pictures of the space.
 
 The trained backbone is set beside an untrained one of the same config, because even random
 convolutions sort faces a little; what pre-training adds is the difference. t-SNE is that of van der
-Maaten and Hinton (2008) on unit-length features, so that its distances follow the cosine.
+Maaten and Hinton (2008) and UMAP that of McInnes et al. (arXiv 1802.03426), both on unit-length
+features, so that their distances follow the cosine.
 """
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
 
-from coatnet_jax import plots
+from coatnet_jax import embed_plots, plots
 from coatnet_jax.ages import age_class
+from coatnet_jax.embed_page import caveats, sections, summary
 from coatnet_jax.inference import load_run, predict_split, random_run
 from coatnet_jax.logs import environment
-from coatnet_jax.metrics import knn_mae, mae
+from coatnet_jax.metrics import accuracy, balanced_accuracy, knn_age, knn_class, mae
 from coatnet_jax.pages import write_csv, write_json, write_report
-from coatnet_jax.ssl.watch import spread
+from coatnet_jax.probe import probe_age, probe_class
+from coatnet_jax.ssl.watch import rank_me, spread
 from input_pipeline.pipeline import open_split
 
 NEIGHBOURS = 20
 SMALLEST = 10  # t-SNE of fewer points shows nothing
+PERPLEXITIES = (30.0, 10.0, 100.0)
+
+Layouts = dict[str, dict[str, Float[np.ndarray, "n 2"]]]  # {name of features: {layout: points}}
 
 
 def run(
@@ -35,64 +44,83 @@ def run(
     split: str = "validation",
     out: str | Path | None = None,
     max_points: int = 2000,
-    perplexity: float = 30,
+    perplexity: float | Sequence[float] = PERPLEXITIES,
+    with_umap: bool = False,
+    show_faces: bool = True,
     seed: int = 0,
     batch_size: int = 256,
     knn_reference: str = "train",
     which: str = "best",
     splits: str | None = None,
 ) -> dict[str, Any]:
-    """t-SNE and kNN age error of a run's features on one split; gives back what embed.json holds.
+    """Scores and pictures of a run's features on one split; gives back what embed.json holds.
 
-    At most `max_points` faces (drawn with `seed`) are laid out by t-SNE; the kNN error takes the
-    whole split, with the split `knn_reference` as neighbours. Writes tsne.png, tsne.csv,
-    embed.json, embed.md and embed.html under `out` (default `<run_dir>/embed`). Raises ValueError
-    for a split too small, or one that would be its own neighbours.
+    The scores take the whole split; neighbours and linear probes learn from the split
+    `knn_reference`. At most `max_points` faces (drawn with `seed`) are laid out, by t-SNE at each
+    `perplexity` and with `with_umap` by UMAP, and those also give the silhouette. Writes under
+    `out` (default `<run_dir>/embed`): embed.html, embed.md, embed.json, tsne.png (the first
+    perplexity), perplexities.png (all), umap.png, layouts as CSV and, with `show_faces`,
+    neighbours.png. Raises ValueError for a split too small, one that would be its own neighbours, a
+    perplexity that is not above 0, or UMAP where it is not installed.
     """
     if knn_reference == split:
         raise ValueError(
             f"knn_reference {split!r} is the split itself: every face would be its own neighbour"
         )
+    umap = _import_umap() if with_umap else None
     trained = load_run(Path(run_dir), which=which, batch_size=batch_size)
     untrained = random_run(trained.config, batch_size=batch_size)
     splits = splits or trained.config.data.splits
     faces = open_split(data_folder, split, splits=splits)
     reference = open_split(data_folder, knn_reference, splits=splits)
     _check_size(len(faces))
+    chosen = choose_points(len(faces), max_points, seed=seed)
+    perplexities = fitting_perplexities(perplexity, len(chosen))
     names = {"pretrain": "pre-trained", "finetune": "fine-tuned", "timm": "imported"}
     name = names[trained.stage]
     print(f"features of {len(faces):,} {split} and {len(reference):,} {knn_reference} faces …")
-    features, scores = {}, {}
+    features, banks, scores = {}, {}, {}
     for key, model in ((name, trained), ("untrained", untrained)):
         z, labels = predict_split(model, faces, model.features, batch_size)
         train_z, train_labels = predict_split(model, reference, model.features, batch_size)
-        features[key] = z
+        features[key], banks[key] = z, train_z
+        print(f"neighbours and linear probes of the {key} features …", flush=True)
         scores[key] = feature_scores(train_z, train_labels["age"], z, labels["age"])
+        scores[key]["silhouette"] = silhouette(z[chosen], age_class(labels["age"])[chosen])
     result = {
         "run": str(run_dir),
         "stage": trained.stage,
         "step": int(trained.step),
         "data": str(data_folder),
+        "data_name": Path(data_folder).name,
         "split": split,
         "splits": splits,
         "fingerprint": faces.fingerprint,
         "environment": environment(),
         "knn_reference": knn_reference,
         "images": len(faces),
-        "perplexity": perplexity,
+        "reference_images": len(reference),
+        "neighbours": min(NEIGHBOURS, len(reference)),
+        "points": len(chosen),
+        "perplexity": perplexities[0],
+        "perplexities": perplexities,
+        "umap": umap.__version__ if umap else None,
         "seed": seed,
         "constant_median_mae": constant_mae(reference.labels["age"], faces.labels["age"]),
+        "constant_class_accuracy": constant_accuracy(reference.labels["age"], faces.labels["age"]),
         "features": scores,
     }
     out = Path(out) if out else Path(run_dir) / "embed"
-    chosen = choose_points(len(faces), max_points, seed=seed)
-    print(f"t-SNE of {len(chosen):,} faces, twice …")
+    print(f"t-SNE of {len(chosen):,} faces, at {len(perplexities)} perplexities each …", flush=True)
     layouts = {
-        key: tsne(z[chosen], perplexity=perplexity, seed=seed) for key, z in features.items()
+        key: lay_out(z[chosen], perplexities, seed=seed, umap=umap) for key, z in features.items()
     }
+    (out / "neighbours.png").unlink(missing_ok=True)  # of an earlier run that showed faces
+    if show_faces:
+        embed_plots.neighbours(out / "neighbours.png", faces, reference, features, banks)
     write_results(out, result, layouts, chosen, faces.labels)
     print(summary(result))
-    print(f"written to {out}: tsne.png, tsne.csv, embed.html, embed.md, embed.json")
+    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     return result
 
 
@@ -102,11 +130,43 @@ def feature_scores(
     z: Float[np.ndarray, "n d"],
     age: np.ndarray,
 ) -> dict[str, float]:
-    """kNN MAE in years (k = 20 or as many as there are) and the spread of the features."""
+    """MAE in years and accuracy 0-1 of the four classes, by neighbours and by linear probes.
+
+    `knn_*` are of the 20 nearest training rows (or as many as there are), `probe_*` of ridge and of
+    logistic regression, whose strengths are given beside them; `embedding_std` and `rank_me` are
+    those of `ssl.watch`.
+    """
     for features in (train_z, z):
         _check_finite(features)
     k = min(NEIGHBOURS, len(train_z))
-    return {"knn_mae": knn_mae(train_z, train_age, z, age, k=k), "embedding_std": spread(z)}
+    train_class, true_class = age_class(np.asarray(train_age)), age_class(np.asarray(age))
+    years, ridge_strength = probe_age(train_z, train_age, z)
+    classes, logistic_strength = probe_class(train_z, train_class, z)
+    near = knn_class(train_z, train_class, z, k)
+    return {
+        "knn_mae": mae(np.asarray(age), knn_age(train_z, train_age, z, k)),
+        "probe_mae": mae(np.asarray(age), years),
+        "knn_accuracy": accuracy(true_class, near),
+        "probe_accuracy": accuracy(true_class, classes),
+        "knn_balanced_accuracy": balanced_accuracy(true_class, near),
+        "probe_balanced_accuracy": balanced_accuracy(true_class, classes),
+        "ridge_strength": ridge_strength,
+        "logistic_strength": logistic_strength,
+        "rank_me": rank_me(z),
+        "embedding_std": spread(z),
+        "dimensions": int(z.shape[1]),
+    }
+
+
+def silhouette(z: Float[np.ndarray, "n d"], classes: Int[np.ndarray, "n"]) -> float:
+    """Mean silhouette of the classes by cosine distance, -1 to 1 (Rousseeuw 1987).
+
+    Above 0 where rows lie nearer to their own class than to the next one; NaN where all are of one
+    class, or each of its own.
+    """
+    if not 1 < len(np.unique(classes)) < len(z):
+        return float("nan")
+    return float(silhouette_score(_unit(z), classes, metric="cosine"))
 
 
 def constant_mae(train_age: np.ndarray, age: np.ndarray) -> float:
@@ -114,11 +174,62 @@ def constant_mae(train_age: np.ndarray, age: np.ndarray) -> float:
     return mae(age, np.full(len(age), float(np.median(train_age))))
 
 
+def constant_accuracy(train_age: np.ndarray, age: np.ndarray) -> float:
+    """Accuracy 0-1 of always answering the commonest class of the training ages."""
+    commonest = np.bincount(age_class(np.asarray(train_age))).argmax()
+    return float(np.mean(age_class(np.asarray(age)) == commonest))
+
+
 def choose_points(n: int, max_points: int, *, seed: int) -> np.ndarray:
     """Sorted indices of all `n` faces, or of `max_points` drawn at random."""
     if n <= max_points:
         return np.arange(n)
     return np.sort(np.random.default_rng(seed).choice(n, max_points, replace=False))
+
+
+def fitting_perplexities(perplexity: float | Sequence[float], n: int) -> list[float]:
+    """The perplexities in the order given, lowered to a third of `n` points, each one once.
+
+    Raises ValueError where one is not above 0.
+    """
+    given = [perplexity] if np.isscalar(perplexity) else list(perplexity)
+    if not given or min(given) <= 0:
+        raise ValueError(f"perplexities are numbers above 0 (5 to 100 are usual), not {given}")
+    return list(dict.fromkeys(round(float(min(p, (n - 1) / 3)), 2) for p in given))
+
+
+def lay_out(
+    z: Float[np.ndarray, "n d"],
+    perplexities: Sequence[float],
+    *,
+    seed: int,
+    umap: ModuleType | None = None,
+) -> dict[str, Float[np.ndarray, "n 2"]]:
+    """{'tsne 30': points, …, 'umap': points}: t-SNE at each perplexity, UMAP where it is given."""
+    points = {f"tsne {p:g}": tsne(z, perplexity=p, seed=seed) for p in perplexities}
+    return points | ({"umap": umap_layout(z, umap, seed=seed)} if umap else {})
+
+
+def umap_layout(
+    z: Float[np.ndarray, "n d"], umap: ModuleType, *, seed: int = 0
+) -> Float[np.ndarray, "n 2"]:
+    """UMAP of unit-length features, 15 neighbours and PCA start; a seed fixes the picture."""
+    z = _unit(z)
+    if spread(z) < 1e-5:
+        return np.zeros((len(z), 2), np.float32)
+    z = PCA(min(50, *z.shape), random_state=seed).fit_transform(z)
+    neighbours = min(15, len(z) - 1)
+    model = umap.UMAP(n_neighbors=neighbours, init="pca", random_state=seed, n_jobs=1)
+    return np.asarray(model.fit_transform(z.astype(np.float32)))
+
+
+def _import_umap() -> ModuleType:
+    try:
+        return importlib.import_module("umap")
+    except ImportError:
+        raise ValueError(
+            "UMAP needs a package: pip install 'umap-learn>=0.5.6', or leave out --umap"
+        ) from None
 
 
 def tsne(
@@ -164,31 +275,57 @@ def _check_finite(z: np.ndarray) -> None:
 def write_results(
     out: Path,
     result: Mapping[str, Any],
-    layouts: Mapping[str, Float[np.ndarray, "n 2"]],
+    layouts: Layouts,
     chosen: np.ndarray,
     labels: Mapping[str, np.ndarray],
 ) -> None:
     """Write the files named in `run`; row i of each layout is the face `chosen[i]`."""
     picked = {key: np.asarray(labels[key])[chosen] for key in ("file", "age", "gender", "race")}
+    known = {key: picked[key] for key in ("age", "gender", "race")}
+    known["age_class"] = age_class(picked["age"])
+    kinds = list(next(iter(layouts.values())))
+    tsnes = [kind for kind in kinds if kind.startswith("tsne")]
+    for name in ("umap.png", "umap.csv", "perplexities.png"):  # of an earlier run
+        (out / name).unlink(missing_ok=True)
+    faces = f"the features of {len(chosen):,} {result['split']} faces"
     notes = {key: f"kNN MAE {s['knn_mae']:.2f} years" for key, s in result["features"].items()}
-    plots.tsne_grid(
-        out / "tsne.png",
-        [(key, notes[key], xy) for key, xy in layouts.items()],
-        age=picked["age"],
-        age_class=age_class(picked["age"]),
-        gender=picked["gender"],
-        race=picked["race"],
-        title=f"t-SNE of the features of {len(chosen):,} {result['split']} faces",
-    )
-    write_csv(out / "tsne.csv", point_rows(picked, chosen, *layouts.values()))
+    for name, shown in (("tsne", tsnes), ("umap", [k for k in kinds if k == "umap"])):
+        if not shown:
+            continue
+        plots.tsne_grid(
+            out / f"{name}.png",
+            [(key, notes[key], points[shown[0]]) for key, points in layouts.items()],
+            title=f"{'t-SNE' if name == 'tsne' else 'UMAP'} of {faces}",
+            **known,
+        )
+        write_csv(out / f"{name}.csv", point_rows(picked, chosen, layouts, shown))
+    if len(tsnes) > 1:
+        values = {float(kind.split()[1]): kind for kind in tsnes}
+        embed_plots.perplexities(
+            out / "perplexities.png",
+            {key: [xy[values[v]] for v in sorted(values)] for key, xy in layouts.items()},
+            sorted(values),
+            age=picked["age"],
+        )
     write_json(out / "embed.json", result)
-    write_report(out, title="Features and age", sections=sections(result, out), name="embed")
+    page = sections(result, out) + caveats(result, out)
+    write_report(out, title=f"Features and age: {result['run']}", sections=page, name="embed")
 
 
 def point_rows(
-    picked: Mapping[str, np.ndarray], chosen: np.ndarray, xy: np.ndarray, xy_untrained: np.ndarray
+    picked: Mapping[str, np.ndarray], chosen: np.ndarray, layouts: Layouts, kinds: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """One row a point: which face, its labels (-1 unknown), and where both layouts put it."""
+    """One row a point: which face, its labels (-1 unknown), and where each layout puts it.
+
+    `x` and `y` are of the first of `kinds` and the run's features; `x_untrained` of the untrained,
+    and `x_tsne_10` of another kind.
+    """
+    columns = {}
+    for kind in kinds:
+        for key, points in layouts.items():
+            end = "_untrained" * (key == "untrained")
+            end += f"_{kind.replace(' ', '_')}" * (kind != kinds[0])
+            columns |= {f"{axis}{end}": points[kind][:, i] for i, axis in enumerate("xy")}
     classes = age_class(picked["age"])
     return [
         {
@@ -198,51 +335,7 @@ def point_rows(
             "class": int(classes[i]),
             "gender": int(picked["gender"][i]),
             "race": int(picked["race"][i]),
-            "x": f"{xy[i, 0]:.3f}",
-            "y": f"{xy[i, 1]:.3f}",
-            "x_untrained": f"{xy_untrained[i, 0]:.3f}",
-            "y_untrained": f"{xy_untrained[i, 1]:.3f}",
+            **{name: f"{values[i]:.3f}" for name, values in columns.items()},
         }
         for i, index in enumerate(chosen)
-    ]
-
-
-def summary(result: Mapping[str, Any]) -> str:
-    """One line for the terminal."""
-    errors = ", ".join(f"{key} {s['knn_mae']:.2f}" for key, s in result["features"].items())
-    return f"kNN MAE in years: {errors}, always the median {result['constant_median_mae']:.2f}"
-
-
-def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Report sections from what embed.json holds and tsne.png in `folder`."""
-    rows = [
-        {
-            "features": key,
-            "kNN MAE, years": f"{s['knn_mae']:.2f}",
-            "spread": f"{s['embedding_std']:.3f}",
-        }
-        for key, s in result["features"].items()
-    ]
-    constant = f"{result['constant_median_mae']:.2f}"
-    rows.append(
-        {"features": "none: always the median age", "kNN MAE, years": constant, "spread": "–"}
-    )
-    text = (
-        f"Each of {result['images']:,} {result['split']} faces is given the mean age of its "
-        f"{NEIGHBOURS} nearest {result['knn_reference']} faces by the cosine of their features; no "
-        f"head is trained. Run `{result['run']}` at step {result['step']:,}."
-    )
-    note = "spread: 1 where the features fill the sphere, 0 where they collapsed to one point"
-    caption = (
-        "t-SNE of the same faces, coloured by what is known of them; below, an untrained backbone"
-    )
-    return [
-        {
-            "title": "Features",
-            "blocks": [
-                {"text": text},
-                {"table": rows, "note": note},
-                {"figure": folder / "tsne.png", "caption": caption},
-            ],
-        }
     ]

@@ -22,7 +22,7 @@ from coatnet_jax.heads import AgeModel
 from coatnet_jax.import_timm import classifier
 from coatnet_jax.models import create_backbone
 from coatnet_jax.optim import first_trained_stage
-from coatnet_jax.sharding import make_mesh, replicate, shard_batch
+from coatnet_jax.sharding import gather, make_mesh, replicate, split_over
 from coatnet_jax.ssl.methods import create_siamese
 from coatnet_jax.train_state import init_variables
 from input_pipeline.face_crops import GEOMETRIES, Geometry
@@ -100,7 +100,8 @@ def apply_in_batches(
 ) -> np.ndarray:
     """`step(variables, images)` over any number of images [n,H,W,3], as one NumPy array [n, …].
 
-    Every call has the same shape: the last batch is padded, so the step compiles once.
+    Every call has the same shape: the last batch is padded, so the step compiles once. Several
+    processes share the work of each batch; all of them give the same images and get all outputs.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
     outputs = []
@@ -108,8 +109,7 @@ def apply_in_batches(
         chunk = images[start : start + batch_size]
         padded = np.zeros((batch_size, *images.shape[1:]), images.dtype)
         padded[: len(chunk)] = chunk
-        out = step(variables, shard_batch({"image": padded}, mesh)["image"])
-        outputs.append(np.asarray(out)[: len(chunk)])
+        outputs.append(gather(step(variables, split_over(padded, mesh)))[: len(chunk)])
     return np.concatenate(outputs)
 
 

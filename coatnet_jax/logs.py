@@ -15,6 +15,7 @@ import jax
 import ml_collections
 
 from coatnet_jax.config import save_config
+from coatnet_jax.distributed import is_main
 
 PACKAGES = ("coatnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -42,6 +43,7 @@ def environment() -> dict:
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
+        "processes": jax.process_count(),
         "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
         "machine": f"{platform.machine()} {platform.processor()}".strip(),
     }
@@ -57,7 +59,8 @@ def update_run_info(workdir: Path, **values) -> None:
 class MetricsLog:
     """metrics.jsonl: one JSON object a line with step, epoch, split and the metrics.
 
-    `trackers` are functions `(step, split, metrics)` that get the same.
+    Of several processes only the main one writes it. `trackers` are functions
+    `(step, split, metrics)` that get the same.
     """
 
     def __init__(self, workdir: Path, *, trackers: Sequence[Callable] = ()):
@@ -65,6 +68,8 @@ class MetricsLog:
         self.trackers = trackers
 
     def write(self, *, step: int, epoch: float, split: str, **metrics: float) -> None:
+        if not is_main():
+            return
         row = {"step": step, "epoch": round(epoch, 4), "split": split}
         row |= {key: float(f"{value:.6g}") for key, value in metrics.items()}
         with self.path.open("a") as file:
@@ -81,7 +86,7 @@ class MetricsLog:
 
     def keep_until(self, step: int) -> None:
         """Drop rows after `step`, so that a resumed run's log equals that of one never stopped."""
-        if self.path.is_file():
+        if is_main() and self.path.is_file():
             lines = self.path.read_text().splitlines(keepends=True)
             self.path.write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
 

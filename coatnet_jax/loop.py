@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from coatnet_jax.checkpoint import Checkpoints
+from coatnet_jax.distributed import any_process, is_main
 from coatnet_jax.logs import MetricsLog, Progress
 from coatnet_jax.sharding import shard_batch
 from coatnet_jax.train_state import TrainState
@@ -79,8 +80,9 @@ def train(
                 _report(*pending, log=log, progress=progress, schedule=schedule)
                 pending = None
             overtime = 0 < schedule.max_minutes * 60 < time.monotonic() - started
+            stopping = _agreed(stop.requested or overtime, step, schedule)
             evaluating = step % schedule.evaluate_every == 0 or step == schedule.total_steps
-            if not (evaluating or stop.requested or overtime):
+            if not (evaluating or stopping):
                 continue
             if pending is not None:
                 _report(*pending, log=log, progress=progress, schedule=schedule)
@@ -97,7 +99,7 @@ def train(
             if _out_of_patience(log, checkpoints.metric, schedule):
                 print(f"[{name}] no better for {schedule.patience} evaluations: done", flush=True)
                 return state, True
-            if (stop.requested or overtime) and step < schedule.total_steps:
+            if stopping and step < schedule.total_steps:
                 print(f"[{name}] stopped and saved at step {step}; the same command resumes")
                 return state, False
     return state, True
@@ -123,13 +125,22 @@ def _report(
         log.write(step=step, epoch=step / schedule.steps_per_epoch, split="train", **values)
 
 
+def _agreed(stopping: bool, step: int, schedule: Schedule) -> bool:
+    """Whether to stop: in one process at once, in several when any of them asks at a log line,
+    because to agree they have to wait for each other."""
+    if jax.process_count() == 1:
+        return stopping
+    return step % schedule.log_every == 0 and any_process(stopping)
+
+
 def _out_of_patience(log: MetricsLog, metric: str, schedule: Schedule) -> bool:
     """Whether the last `patience` evaluations brought nothing better; read from the log, so that
     a resumed run stops where an uninterrupted one does."""
-    scores = [row[metric] for row in log.rows("validation")]
-    if not schedule.patience or len(scores) <= schedule.patience:
+    if not schedule.patience:
         return False
-    return min(scores[-schedule.patience :]) >= min(scores[: -schedule.patience])
+    scores = [row[metric] for row in log.rows("validation")] if is_main() else []
+    before, last = scores[: -schedule.patience], scores[-schedule.patience :]
+    return any_process(bool(before) and min(last) >= min(before))
 
 
 class _StopSignals:

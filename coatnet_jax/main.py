@@ -53,7 +53,9 @@ def _prepare_process() -> None:
     keep_freed_memory()
     flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl's flags
     # What was compiled once is read back the next time: a resumed run starts in seconds.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home() / "compiled"))
+    # But XLA crashes where it writes down what it compiled for several CPU devices.
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home() / "compiled"))
 
 
 def _train(command: str, argv: list[str]) -> int:
@@ -66,6 +68,9 @@ def _train(command: str, argv: list[str]) -> int:
             f"give one like --config={command}:micro"
         )
     _prepare_process()
+    from coatnet_jax.distributed import start
+
+    start(config.get("distributed", ""))
     if command == "pretrain":
         from coatnet_jax.pretrain import run
     else:
@@ -126,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         training.add_argument("--config.KEY", metavar="VALUE", help="set a value of the config")
         training.add_argument("--workdir", help="folder for checkpoints and results")
 
-    embed = add("embed", _embed, "t-SNE and kNN of a run's latent space, beside an untrained one's")
+    embed = add("embed", _embed, "what a run's features know of age, beside untrained ones")
     evaluate = add("evaluate", _evaluate, "four-class accuracy and age error of a fine-tuned run")
     for command, split in ((embed, "validation"), (evaluate, "test")):
         command.add_argument("run_dir", help="workdir of a training run")
@@ -134,12 +139,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", help="folder for the results (default: inside the run)")
         command.add_argument("--name", help="another prepared data set than the run's own")
         command.add_argument("--root", help="folder for built data (default: the run's)")
-    embed.add_argument("--max-points", type=int, default=2000, help="points of the t-SNE")
+        command.add_argument("--no-faces", action="store_true", help="no picture that shows faces")
+    embed.add_argument("--max-points", type=int, default=2000, help="faces in the pictures")
+    embed.add_argument(
+        "--perplexity",
+        nargs="+",
+        type=float,
+        default=[30, 10, 100],
+        metavar="P",
+        help="of t-SNE; the first is drawn by every label (default: 30 10 100)",
+    )
+    embed.add_argument("--umap", action="store_true", help="UMAP too (needs umap-learn)")
     evaluate.add_argument("--on", dest="name", help="the same as --name")
     evaluate.add_argument("--splits", help="table of splits (default: the run's own)")
-    evaluate.add_argument(
-        "--no-faces", action="store_true", help="no picture of the faces with the largest errors"
-    )
     evaluate.add_argument("--which", default="best", help="checkpoint: best, latest or a step")
     evaluate.add_argument(
         "--decode",
@@ -293,6 +305,9 @@ def _embed(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         out=arguments.out,
         max_points=arguments.max_points,
+        perplexity=arguments.perplexity,
+        with_umap=arguments.umap,
+        show_faces=not arguments.no_faces,
     )
 
 

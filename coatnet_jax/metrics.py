@@ -63,18 +63,47 @@ def knn_age(
 ) -> Float[np.ndarray, "m"]:
     """The plain mean age of the `k` training rows with the greatest cosine similarity, in years.
 
-    Neighbours are not weighted, so there is no temperature to tune. Works in float32, 1,024 rows
-    of `z` at a time. Raises ValueError when there are fewer than `k` training rows.
+    Neighbours are not weighted, so there is no temperature to tune. Raises ValueError when there
+    are fewer than `k` training rows.
+    """
+    nearest, _ = nearest_rows(train_z, z, k)
+    return np.asarray(train_age, np.float32)[nearest].mean(axis=1)
+
+
+def knn_class(
+    train_z: Float[np.ndarray, "n d"],
+    train_class: Int[np.ndarray, "n"],
+    z: Float[np.ndarray, "m d"],
+    k: int = 20,
+) -> Int[np.ndarray, "m"]:
+    """The commonest class of the same neighbours; of equally common ones the lowest."""
+    nearest, _ = nearest_rows(train_z, z, k)
+    classes = np.asarray(train_class)[nearest]
+    known = np.unique(train_class)
+    return known[np.argmax([(classes == c).sum(axis=1) for c in known], axis=0)]
+
+
+def nearest_rows(
+    train_z: Float[np.ndarray, "n d"], z: Float[np.ndarray, "m d"], k: int
+) -> tuple[Int[np.ndarray, "m k"], Float[np.ndarray, "m k"]]:
+    """(the `k` training rows with the greatest cosine similarity, nearest first; the similarities).
+
+    Works in float32, 1,024 rows of `z` at a time. Raises ValueError when there are fewer than `k`
+    training rows.
     """
     if not 1 <= k <= len(train_z):
         raise ValueError(f"k={k} neighbours asked of {len(train_z)} training rows")
-    bank, ages = _unit(train_z), np.asarray(train_age, np.float32)
-    predicted = []
+    bank = _unit(train_z)
+    rows, similarities = np.zeros((len(z), k), np.int64), np.zeros((len(z), k), np.float32)
     for start in range(0, len(z), 1024):
-        similarity = _unit(z[start : start + 1024]) @ bank.T
+        part = slice(start, start + 1024)
+        similarity = _unit(z[part]) @ bank.T
         nearest = np.argpartition(similarity, -k, axis=1)[:, -k:]
-        predicted.append(ages[nearest].mean(axis=1))
-    return np.concatenate(predicted) if predicted else np.zeros(0, np.float32)
+        found = np.take_along_axis(similarity, nearest, axis=1)
+        order = np.argsort(-found, axis=1, kind="stable")
+        rows[part] = np.take_along_axis(nearest, order, axis=1)
+        similarities[part] = np.take_along_axis(found, order, axis=1)
+    return rows, similarities
 
 
 def knn_mae(

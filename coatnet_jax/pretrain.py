@@ -11,10 +11,12 @@ import numpy as np
 import optax
 
 from coatnet_jax.augment import denormalize, eval_view, simclr_view
+from coatnet_jax.distributed import is_main
 from coatnet_jax.heads import SiameseModel
 from coatnet_jax.inference import Run, build_model, image_format, normalisation
-from coatnet_jax.metrics import knn_mae
+from coatnet_jax.metrics import knn_mae, mae
 from coatnet_jax.plots import contact_sheet
+from coatnet_jax.probe import probe_age
 from coatnet_jax.ssl.method import Method
 from coatnet_jax.ssl.methods import create_method
 from coatnet_jax.ssl.watch import (
@@ -207,7 +209,8 @@ def draw_views(path: Path, setting: Setting, view: Any, *, faces: int = 12) -> N
     draw = jax.jit(view)  # one program for both views
     views = [pixels(draw(rng, images)) for rng in jax.random.split(jax.random.key(config.seed))]
     tiles = np.stack([whole, *views], axis=1).reshape(-1, *whole.shape[1:])
-    contact_sheet(path, list(tiles), columns=6)
+    if is_main():
+        contact_sheet(path, list(tiles), columns=6)
 
 
 def monitor_faces(setting: Setting) -> dict[str, np.ndarray]:
@@ -227,26 +230,25 @@ def monitor_faces(setting: Setting) -> dict[str, np.ndarray]:
 def evaluate(
     state: TrainState, *, monitor: dict[str, np.ndarray], setting: Setting
 ) -> dict[str, float]:
-    """kNN age error (years) of the frozen features on validation images, and how far they spread.
+    """Age errors (years) of the frozen features on validation images, and how far they spread.
 
-    `embedding_std` and `rank_me` are those of `ssl.watch`; a collapse is printed in words.
+    `knn_mae` is that of the nearest training images, `probe_mae` of a ridge regression on the same
+    ones; `embedding_std` and `rank_me` are those of `ssl.watch`; a collapse is printed in words.
     """
     run = Run(
         setting.config, state.eval_variables, setting.mesh, batch_size=setting.config.batch_size
     )
     features = {split: run.features(monitor[f"{split}_image"]) for split in ("train", "validation")}
-    error = knn_mae(
-        features["train"],
-        monitor["train_age"],
-        features["validation"],
-        monitor["validation_age"],
-        k=min(20, len(features["train"])),
-    )
-    z = features["validation"]
+    z, age = features["validation"], monitor["validation_age"]
+    train = (features["train"], monitor["train_age"])
+    errors = {
+        "knn_mae": knn_mae(*train, z, age, k=min(20, len(features["train"]))),
+        "probe_mae": mae(age, probe_age(*train, z)[0]),
+    }
     watched = {"embedding_std": spread(z), "rank_me": rank_me(z)}
     if warning := collapse_warning(**watched):
         print(f"[pretrain] {warning}", flush=True)
-    return {"knn_mae": error, **watched}
+    return {**errors, **watched}
 
 
 def _spread(length: int, count: int) -> np.ndarray:

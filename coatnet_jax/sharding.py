@@ -6,6 +6,7 @@ batch as they stand, so the steps hold no axis names and no explicit communicati
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -36,6 +37,22 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     }
 
 
+def split_over(value: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array that every process holds whole, as a global one split over the 'data' axis."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
+
+
+def gather(array: jax.Array) -> np.ndarray:
+    """A global array as NumPy, whole in every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
 def replicate(tree, mesh: Mesh):
-    """The tree with every leaf on all devices of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """The tree with every leaf on all devices of the mesh; every process gives the same values."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.jit(lambda x: x, out_shardings=sharding)(tree)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from coatnet_jax import loop
 from coatnet_jax.checkpoint import FOLDER, Checkpoints, load_backbone
 from coatnet_jax.config import flat_keys, read_config
+from coatnet_jax.distributed import any_process, is_main
 from coatnet_jax.inference import normalisation
 from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
 from coatnet_jax.optim import create_optimizer, warmup_cosine
@@ -27,7 +28,7 @@ from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
 
 # Keys that may differ between the runs that make up one training: they change no result.
 FREE_KEYS = (
-    *("max_minutes", "log_every", "track"),
+    *("max_minutes", "log_every", "track", "distributed"),
     *("data.root", "data.workers", "data.cache", "data.crop"),
 )
 # Keys that older runs lack, and what they did.
@@ -140,10 +141,11 @@ def run_stage(
     is better) that chooses the best checkpoint. Returns whether the run came to its end.
     """
     config, workdir, mesh = setting.config, setting.workdir, setting.mesh
-    trackers = open_trackers(config, workdir)
+    trackers = open_trackers(config, workdir) if is_main() else []
     rng_init, rng_train = jax.random.split(jax.random.key(config.seed))
     variables = init_variables(rng_init, model, image_size=config.model.image_size)
-    resuming = (workdir / FOLDER).is_dir()
+    # Asked of all before any goes on, and makes the folder.
+    resuming = any_process((workdir / FOLDER).is_dir())
     if config.init_from and not resuming:
         variables = load_backbone(Path(config.init_from), variables)
         print(f"[{config.stage}] backbone from {config.init_from}", flush=True)
@@ -165,7 +167,7 @@ def run_stage(
     state = create_train_state(rng_train, variables, tx, ema=ema, extra=extra)
     state = replicate(state, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    if not resuming:
+    if is_main() and not resuming:
         write_run_info(
             workdir, config, data_fingerprint=setting.train_faces.fingerprint, parameters=parameters
         )
@@ -174,11 +176,12 @@ def run_stage(
         )
         (workdir / "MODEL_CARD.md").write_text(card)
         _copy_data_report(setting)
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
         f"[{config.stage}] {config.model.name}, {parameters / 1e6:.2f} M parameters, "
         f"{config.model.image_size} px, {len(setting.train_faces)} training and "
         f"{len(setting.validation_faces)} validation images, batch {config.batch_size} on "
-        f"{mesh.size} {jax.default_backend()} device(s); the first step compiles …",
+        f"{mesh.size} {jax.default_backend()} device(s){processes}; the first step compiles …",
         flush=True,
     )
     iterator = iter(
@@ -210,6 +213,8 @@ def run_stage(
         log=MetricsLog(workdir, trackers=trackers),
     )
     checkpoints.close()
+    if not is_main():
+        return finished
     if finished:
         curves = workdir / "curves.png"
         training_curves(curves, workdir / "metrics.jsonl", title=config.stage, most_panels=9)

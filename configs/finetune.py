@@ -44,6 +44,8 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.batch_size = 128
     config.init_from = ""  # a pre-training or import-timm folder; empty: from scratch
     config.max_minutes = 0.0  # stop cleanly after this long (0: never); the same command resumes
+    # Several processes: auto (a cluster tells), or HOST:PORT,PROCESSES,INDEX to each; empty: one.
+    config.distributed = ""
 
     config.data = data = ml_collections.ConfigDict()
     data.root = ""  # empty: $COATNET_JAX_HOME or the user's cache folder

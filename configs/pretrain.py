@@ -103,6 +103,8 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.accumulate = 1
     config.init_from = ""  # a run or import-timm folder to take the backbone from
     config.max_minutes = 0.0  # stop cleanly after this long (0: never); the same command resumes
+    # Several processes: auto (a cluster tells), or HOST:PORT,PROCESSES,INDEX to each; empty: one.
+    config.distributed = ""
 
     config.data = data = ml_collections.ConfigDict()
     data.root = ""  # empty: $COATNET_JAX_HOME or the user's cache folder
@@ -147,7 +149,7 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
 
     config.monitor = ml_collections.ConfigDict()
     config.monitor.every_epochs = 1.0
-    config.monitor.images = 2000  # training and validation images each, for the kNN age error
+    config.monitor.images = 2000  # training and validation images each, for the age errors
     config.log_every = 10
     config.track = ""  # besides metrics.jsonl: tensorboard, wandb, or both with a comma
 

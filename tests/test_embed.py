@@ -1,7 +1,9 @@
 """Layouts, the kNN check and the files of the embedding stage, over made-up features."""
 
 import csv
+import io
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coatnet_jax import embed, plots
+from coatnet_jax import embed, embed_plots, plots
+from coatnet_jax.metrics import mae
+from coatnet_jax.probe import probe_age
 
 
 def clusters(n=90, d=24, seed=0):
@@ -39,12 +43,6 @@ def test_tsne_lowers_perplexity_for_few_points_and_survives_a_collapse():
     np.testing.assert_array_equal(embed.tsne(collapsed), np.zeros((20, 2)))
 
 
-def test_spread_is_one_on_the_sphere_and_zero_when_collapsed():
-    z = np.random.default_rng(0).normal(size=(2000, 64))
-    assert embed.spread(z) == pytest.approx(1, abs=0.01)
-    assert embed.spread(np.ones((50, 64))) == pytest.approx(0, abs=1e-6)
-
-
 def test_knn_error_is_that_of_a_loop_over_neighbours():
     (train_z, _), (z, _) = clusters(60), clusters(30, seed=1)
     rng = np.random.default_rng(2)
@@ -55,12 +53,68 @@ def test_knn_error_is_that_of_a_loop_over_neighbours():
         errors.append(abs(train_age[np.argsort(cosine)[-20:]].mean() - age[i]))
     scores = embed.feature_scores(train_z, train_age, z, age)
     assert scores["knn_mae"] == pytest.approx(np.mean(errors), abs=1e-4)
+    assert scores["probe_mae"] == mae(age, probe_age(train_z, train_age, z)[0])
     few = embed.feature_scores(train_z[:5], train_age[:5], z, age)  # fewer than 20 neighbours
     assert few["knn_mae"] == pytest.approx(np.mean(np.abs(train_age[:5].mean() - age)), abs=1e-4)
 
 
-def test_constant_error_uses_the_training_median():
-    assert embed.constant_mae(np.array([10, 20, 90]), np.array([20, 30, 70])) == 20.0
+def test_class_scores_are_right_where_bundles_are_classes():
+    (train_z, train_group), (z, group) = clusters(60), clusters(30, seed=1)
+    ages = np.array([5, 30, 70])
+    scores = embed.feature_scores(train_z, ages[train_group], z, ages[group])
+    assert scores["knn_accuracy"] == scores["probe_accuracy"] == 1
+    # By another rule of ages the same bundles say nothing of two of the classes.
+    mixed = embed.feature_scores(train_z, ages[train_group % 2], z, ages[group])
+    assert mixed["knn_accuracy"] == mixed["probe_accuracy"] == np.mean(group < 2)
+    assert mixed["knn_balanced_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_constant_answers_are_the_training_split_s():
+    train, age = np.array([10, 20, 30, 90]), np.array([20, 30, 70])
+    assert embed.constant_mae(train[[0, 1, 3]], age) == 20.0
+    assert embed.constant_accuracy(train, age) == pytest.approx(2 / 3)
+
+
+def test_silhouette_is_that_of_a_loop():
+    rng = np.random.default_rng(0)
+    z, classes = rng.normal(size=(24, 5)), np.arange(24) % 3
+    unit = z / np.linalg.norm(z, axis=1, keepdims=True)
+    values = []
+    for i in range(24):
+        far = [[1 - unit[i] @ unit[j] for j in range(24) if classes[j] == c and j != i]
+               for c in range(3)]  # fmt: skip
+        own = np.mean(far[classes[i]])
+        other = min(np.mean(far[c]) for c in range(3) if c != classes[i])
+        values.append((other - own) / max(own, other))
+    assert embed.silhouette(z, classes) == pytest.approx(np.mean(values), abs=1e-6)
+    assert np.isnan(embed.silhouette(z, np.zeros(24, int)))
+
+
+def test_perplexities_are_lowered_to_the_points_and_each_kept_once():
+    assert embed.fitting_perplexities([30, 10, 100], 200) == [30, 10, 66.33]
+    assert embed.fitting_perplexities([30, 10, 100], 31) == [10]
+    assert embed.fitting_perplexities(30, 1000) == [30]
+    for wrong in ([], [30, 0], [-1]):
+        with pytest.raises(ValueError, match="numbers above 0"):
+            embed.fitting_perplexities(wrong, 100)
+
+
+@pytest.mark.slow  # Numba compiles
+def test_umap_keeps_clusters_together_and_is_deterministic():
+    umap = pytest.importorskip("umap", reason="pip install umap-learn")
+    z, group = clusters()
+    xy = embed.umap_layout(z, umap, seed=1)
+    np.testing.assert_array_equal(xy, embed.umap_layout(z, umap, seed=1))
+    distance = np.linalg.norm(xy[:, None] - xy[None], axis=-1) + 1e9 * np.eye(len(xy))
+    assert np.all(group[distance.argmin(axis=1)] == group)
+    np.testing.assert_array_equal(embed.umap_layout(np.ones((20, 8)), umap), np.zeros((20, 2)))
+
+
+def test_missing_umap_is_told_before_any_work(joined, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ValueError, match="pip install 'umap-learn"):
+        embed.run(tmp_path, "data", with_umap=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_points_are_chosen_once_each_and_by_seed():
@@ -81,6 +135,12 @@ def test_wrong_features_are_told_in_one_line(z, message):
     assert "\n" not in str(error.value)
 
 
+def bytes_of(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
 def fake_faces(n, seed):
     rng = np.random.default_rng(seed)
     labels = {
@@ -93,6 +153,9 @@ def fake_faces(n, seed):
     class Faces(SimpleNamespace):
         def __len__(self):
             return n
+
+        def read_images(self, rows):
+            return [bytes_of(np.full((8, 8, 3), self.labels["age"][row])) for row in rows]
 
     return Faces(labels=labels, fingerprint="print")
 
@@ -123,11 +186,14 @@ def joined(monkeypatch):
 
 
 def test_run_writes_picture_points_and_scores(joined, tmp_path):
-    result = embed.run(tmp_path, "data", max_points=60, perplexity=8)
+    result = embed.run(tmp_path, "data", max_points=60, perplexity=[8, 5])
     folder = tmp_path / "embed"
     assert json.loads((folder / "embed.json").read_text()) == result
     scores = result["features"]
-    assert scores["pre-trained"]["knn_mae"] < 5 < scores["untrained"]["knn_mae"]
+    for measure in ("knn_mae", "probe_mae"):
+        assert scores["pre-trained"][measure] < 5 < scores["untrained"][measure]
+    assert scores["pre-trained"]["silhouette"] > scores["untrained"]["silhouette"]
+    assert result["perplexities"] == [8, 5]
     with (folder / "tsne.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 60
@@ -138,10 +204,37 @@ def test_run_writes_picture_points_and_scores(joined, tmp_path):
         assert [int(row[k]) for k in ("age", "gender", "race")] == [
             labels[k][i] for k in ("age", "gender", "race")
         ]
-        assert (row["x"], row["y"]) != (row["x_untrained"], row["y_untrained"])
+        assert len({row[f"x{end}"] for end in ("", "_untrained", "_tsne_5")}) == 3
     with Image.open(folder / "tsne.png") as image:
         assert image.width > image.height > 600
-    assert "untrained" in (folder / "embed.md").read_text()
+    page = (folder / "embed.md").read_text()
+    for words in ("untrained", "tsne.png", "perplexities.png", "neighbours.png", "do not publish"):
+        assert words in page
+    assert "http" not in (folder / "embed.html").read_text().replace("arxiv", "")
+
+
+def test_faces_are_left_out_where_asked(joined, tmp_path):
+    embed.run(tmp_path, "data", max_points=20)
+    assert (tmp_path / "embed" / "neighbours.png").is_file()
+    embed.run(tmp_path, "data", max_points=20, show_faces=False)
+    assert not (tmp_path / "embed" / "neighbours.png").exists()
+    assert "neighbours.png" not in (tmp_path / "embed" / "embed.md").read_text()
+
+
+def test_neighbours_are_drawn_nearest_first(joined, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(embed_plots, "_face", lambda ax, faces, row, note="": drawn.append(row))
+    faces, reference = joined["validation"], joined["train"]
+    age, others = (f.labels["age"][:, None] / 100 for f in (faces, reference))
+    features = {"a": np.hstack([np.cos(age), np.sin(age)])}
+    banks = {"a": np.hstack([np.cos(others), np.sin(others)])}
+    embed_plots.neighbours(tmp_path / "n.png", faces, reference, features, banks)
+    lines = np.array(drawn).reshape(8, 4)
+    asked = faces.labels["age"][lines[:, 0]]
+    assert np.all(np.diff(asked) > 0)
+    off = np.abs(reference.labels["age"][lines[:, 1:]] - asked[:, None])
+    expected = [np.sort(np.abs(reference.labels["age"] - a))[:3] for a in asked]
+    np.testing.assert_array_equal(off, expected)
 
 
 def test_a_split_cannot_be_its_own_neighbours(joined, tmp_path):

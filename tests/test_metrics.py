@@ -39,11 +39,13 @@ def test_knn_mae_matches_a_loop_across_chunks():
     bank, queries = rng.normal(size=(700, 6)), rng.normal(size=(1100, 6))  # more than one chunk
     bank *= rng.uniform(0.1, 10, size=(700, 1))  # length must not count, only direction
     ages, age = rng.integers(0, 100, 700), rng.integers(0, 100, 1100)
-    expected, directions = [], bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    expected, votes, directions = [], [], bank / np.linalg.norm(bank, axis=1, keepdims=True)
     for query, true in zip(queries, age, strict=True):
         nearest = np.argsort(directions @ query)[-20:]
         expected.append(abs(np.mean(ages[nearest]) - true))
+        votes.append(np.bincount(ages[nearest] // 20).argmax())
     assert metrics.knn_mae(bank, ages, queries, age, k=20) == pytest.approx(np.mean(expected))
+    np.testing.assert_array_equal(metrics.knn_class(bank, ages // 20, queries, k=20), votes)
 
 
 def test_knn_refuses_more_neighbours_than_rows():

@@ -128,7 +128,7 @@ def write_demo(folder, *, name="drawn"):
     embed.write_results(
         folder / "pretrain/embed",
         found,
-        {"pre-trained": xy, "untrained": xy},
+        {"pre-trained": {"tsne 30": xy}, "untrained": {"tsne 30": xy}},
         np.arange(60),
         labels,
     )

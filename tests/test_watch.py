@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coatnet_jax.logs import MetricsLog
-from coatnet_jax.ssl.watch import alignment_and_uniformity, collapse_warning, rank_me
+from coatnet_jax.ssl.watch import alignment_and_uniformity, collapse_warning, rank_me, spread
 from coatnet_jax.tracking import open_trackers
 
 
@@ -21,6 +21,12 @@ def test_rank_me_counts_the_dimensions_in_use():
     values = np.array([3.0, 2.0, 1.0]) / 6
     expected = np.exp(-(values * np.log(values)).sum())
     assert rank_me(basis[:, :3] * [3, 2, 1]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_spread_is_one_on_the_sphere_and_zero_when_collapsed():
+    z = np.random.default_rng(0).normal(size=(2000, 64))
+    assert spread(z) == pytest.approx(1, abs=0.01)
+    assert spread(np.ones((50, 64))) == pytest.approx(0, abs=1e-6)
 
 
 def test_alignment_and_uniformity_match_loops():
