@@ -150,9 +150,7 @@ def by_heart(setting: Setting, *, faces: int, steps: int, warmup: float) -> Sett
     config.monitor.every_epochs = config.epochs
     config.log_every = max(1, steps // 20)
     schedule = make_schedule(config, faces=len(few))
-    return replace(
-        setting, config=config, train_faces=few, validation_faces=few, schedule=schedule
-    )
+    return replace(setting, config=config, train_faces=few, validation_faces=few, schedule=schedule)
 
 
 def spread_over_ages(faces: Faces, count: int) -> Faces:
