@@ -1,4 +1,4 @@
-r"""Hyperparameters of fine-tuning in four steps: first loss, few faces, learning rate, weight decay.
+"""Hyperparameters of fine-tuning in four steps, the last of them a grid of two rates.
 
     coatnet-jax tune --config=finetune:micro,cpu --workdir=runs/tune
 
@@ -117,8 +117,8 @@ class Clock:
     def line(self, what: str) -> str:
         """`[tune] run 3 of 18: … (ETA 12:10)` for the run that comes next."""
         seconds = time.monotonic() - self.started
-        left = duration(seconds / self.trained * (self.total_steps - self.steps))
-        eta = f" (ETA {left})" if self.trained else ""
+        pace = seconds / max(1, self.trained)
+        eta = f" (ETA {duration(pace * (self.total_steps - self.steps))})" if self.trained else ""
         return f"[tune] run {self.runs + 1} of {self.total_runs}: {what}{eta}"
 
     def done(self, steps: int, *, trained: bool) -> None:

@@ -109,7 +109,7 @@ def untrained_loss(setting: Setting) -> dict[str, Any]:
 
 
 def without_regularisation(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same config with whole pictures, and nothing that keeps a model from learning by heart."""
+    """The same config with nothing that keeps a model from learning its pictures by heart."""
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(
         {

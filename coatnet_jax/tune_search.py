@@ -1,4 +1,4 @@
-"""A search of fine-tuning's hyperparameters with Optuna: TPE, and the hopeless pruned by the median.
+"""A search of fine-tuning's hyperparameters with Optuna: TPE, pruned by the median.
 
     coatnet-jax tune --search=30 --config=finetune:micro,cpu --workdir=runs/search
 
@@ -8,12 +8,14 @@ and a trial that lies behind the median of the others at that time ends there. T
 is that of `configs/sweep.yaml`, which is for Weights & Biases.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
+from coatnet_jax.checkpoint import FOLDER
 from coatnet_jax.logs import MetricsLog, environment
 from coatnet_jax.pages import write_csv, write_json
 from coatnet_jax.stage import Setting
@@ -52,11 +54,11 @@ def run(
     Writes search.csv, search.json and search.png, and prints the command of the best trial. Raises
     ValueError where `trials` is less than 1, Optuna is missing or no trial was completed.
     """
-    optuna = import_optuna()
     if trials < 1:
         raise ValueError(f"--search={trials}: give the number of trials, 1 or more")
     if steps < EVALUATIONS:
         raise ValueError(f"--steps={steps}: a trial is evaluated {EVALUATIONS} times, give as many")
+    optuna = import_optuna()
     setting = open_tuning(config, workdir)
     study = open_study(optuna, workdir, seed=config.seed, name=f"{steps}steps")
     take_up_stopped(optuna, study)
@@ -160,6 +162,7 @@ def one_trial(optuna, study, setting: Setting, workdir: Path, steps: int, clock:
         found = short_run(setting, folder, clock, trackers=[watch])
     except optuna.TrialPruned:
         study.tell(trial, state=states.PRUNED)
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
         print("[search] pruned: behind the median of the others", flush=True)
         clock.done(steps, trained=True)
         return True
@@ -178,11 +181,7 @@ def rows(study) -> list[dict[str, Any]]:
     """Every trial as a row: number, state, validation MAE (the last one of a pruned trial's), …"""
     found = []
     for trial in study.trials:
-        last = (
-            trial.intermediate_values[max(trial.intermediate_values)]
-            if (trial.intermediate_values)
-            else None
-        )
+        last = trial.intermediate_values.get(trial.last_step)
         why = trial.user_attrs.get("why", "")
         state = trial.state.name.lower()
         if state == "fail":
