@@ -105,7 +105,7 @@ def _add_tune_arguments(tune: argparse.ArgumentParser) -> None:
         "--weight-decays", metavar="A,B,…", help="weight decays (default: four around the config's)"
     )
     add("--overfit-faces", type=int, default=64, help="faces to learn by heart (default: 64)")
-    add("--overfit-steps", type=int, default=200, help="steps to do so (default: 200)")
+    add("--overfit-steps", type=int, default=300, help="steps to do so (default: 300)")
     add("--search", type=int, metavar="N", help="instead: N trials of an Optuna search")
 
 

@@ -54,7 +54,7 @@ class Plan:
     weight_decays: tuple[float, ...]
     steps: int = 100
     overfit_faces: int = 64
-    overfit_steps: int = 200
+    overfit_steps: int = 300
 
 
 def make_plan(config: ml_collections.ConfigDict, arguments: argparse.Namespace) -> Plan:
