@@ -36,13 +36,14 @@ from coatnet_jax.metrics import mae
 from coatnet_jax.pages import write_csv, write_json
 from coatnet_jax.stage import Setting, check_same_config, make_schedule
 from coatnet_jax.tune_checks import by_heart, by_heart_verdict, untrained_loss
-from coatnet_jax.tune_page import write_page
+from coatnet_jax.tune_page import too_short, write_page
 
 LR_FACTORS = (1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30)  # of the config's learning rate
 DECAY_FACTORS = (0, 1 / 5, 1, 4)  # of the config's weight decay
 USUAL_DECAY = 0.05  # where the config has none
 WARMUP = 0.1  # share of a short run's steps
 BEST = 3  # learning rates in the grid
+FAR_ABOVE = 1.5  # times the untrained model's loss; a rate too small to learn stays near it
 RESULT = "result.json"
 
 
@@ -263,6 +264,8 @@ def run(
     result["command"] = recommended(result, workdir)
     _write(workdir, result)
     page = write_page(workdir, result)
+    if warning := too_short(result):
+        print(f"[tune] {warning}", flush=True)
     print(f"[tune] done: open {page}\n{result['command']}", flush=True)
     return True
 
@@ -305,9 +308,9 @@ def _stopped(clock: Clock) -> bool:
 
 
 def judged(found: Mapping[str, Any], *, untrained: float) -> dict[str, Any]:
-    """The result of a run, as 'diverged' too where its loss ended above an untrained model's."""
-    if found["status"] == "done" and found["loss"] > untrained:
-        why = f"the loss ended at {found['loss']:.3g}, above the untrained model's {untrained:.3g}"
+    """The result of a run, as 'diverged' too where its loss ended far above the untrained one."""
+    if found["status"] == "done" and found["loss"] > FAR_ABOVE * untrained:
+        why = f"the loss ended at {found['loss']:.3g}, an untrained model's is {untrained:.3g}"
         return {**found, "status": "diverged", "why": why}
     return dict(found)
 

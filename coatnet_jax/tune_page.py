@@ -77,7 +77,38 @@ def short_blocks(result: Mapping[str, Any]) -> list[Block]:
             f"{percent(share)} of the loss gone" if share is not None else "diverged",
         ),
     ]
-    return [{"facts": facts}]
+    blocks: list[Block] = [{"facts": facts}, {"text": beside_own(result)}]
+    if warning := too_short(result):
+        blocks.append({"text": f"**{warning}**"})
+    return blocks
+
+
+def too_short(result: Mapping[str, Any]) -> str:
+    """A warning where no run was any better than a constant answer; '' where one was."""
+    best, constant = result["best"]["mae"], result["constant_mae"]
+    if best < constant:
+        return ""
+    return (
+        f"No run beats a constant answer ({best:.2f} years, constant {constant:.2f}): there is "
+        "nothing to choose by yet. Give the runs more --steps."
+    )
+
+
+def beside_own(result: Mapping[str, Any]) -> str:
+    """The best run beside that of the config's own rates, where these were tried."""
+    best, own = result["best"], result["config"]
+    rates = ("lr", "weight_decay")
+    same = [row for row in result["runs"] if all(row[rate] == own[rate] for rate in rates)]
+    if not same:
+        return f"The config's own learning rate, {own['lr']:g}, was not tried."
+    if same[0]["run"] == best["run"]:
+        return "The config's own rates are the best of those tried."
+    if same[0]["status"] != "done":
+        return f"The config's own rates diverged: {same[0]['why']}."
+    return (
+        f"With the config's own rates the error is {same[0]['mae']:.2f} years, "
+        f"{same[0]['mae'] - best['mae']:.2f} more than the least."
+    )
 
 
 def untrained_blocks(found: Mapping[str, Any]) -> list[Block]:

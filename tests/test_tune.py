@@ -24,6 +24,7 @@ from coatnet_jax import (
     stage,
     tune,
     tune_checks,
+    tune_page,
     tune_search,
 )
 from coatnet_jax.age_losses import AGE_LOSSES
@@ -136,6 +137,12 @@ def test_by_heart_needs_loss_and_error_near_nothing():
     assert not diverged["learned"] and "diverged" in diverged["in_words"]
 
 
+def test_runs_no_better_than_a_constant_answer_are_named_as_such():
+    result = {"best": {"mae": 15.1}, "constant_mae": 14.9}
+    assert "more --steps" in tune_page.too_short(result)
+    assert tune_page.too_short(result | {"constant_mae": 15.2}) == ""
+
+
 # --- rates that are no constants -----------------------------------------------------------------
 
 
@@ -200,10 +207,10 @@ def test_all_diverged_is_said_in_one_line():
         tune.grid_lrs(rows({1.0: None, 2.0: None}))
 
 
-def test_loss_that_ends_above_an_untrained_model_counts_as_diverged():
+def test_loss_that_ends_far_above_an_untrained_model_counts_as_diverged():
     done = {"status": "done", "loss": 30.0, "mae": 20.0}
-    assert tune.judged(done, untrained=27.0)["status"] == "diverged"
-    assert tune.judged(done, untrained=31.0) == done
+    assert tune.judged(done, untrained=19.0)["status"] == "diverged"
+    assert tune.judged(done, untrained=27.0) == done  # a rate so small that nothing is learned
 
 
 @pytest.fixture
@@ -257,6 +264,7 @@ def test_best_of_a_fake_objective_is_recommended(fake_objective, drawn_root, tmp
     assert [row["lr"] for row in diverged] == ["10.0"] and "not finite" in diverged[0]["why"]
     assert "run 12 of 12" in printed and "ETA" in printed
     page = (tmp_path / "t" / "report.html").read_text()
+    assert "0.002, was not tried" in page and "No run beats" not in page
     assert "--config.optim.lr=0.01 --config.optim.weight_decay=0.2" in page
     for name in ("lr_sweep.png", "heatmap.png"):
         assert (tmp_path / "t" / name).stat().st_size > 5000
