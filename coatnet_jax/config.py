@@ -42,7 +42,7 @@ def parse_training_flags(
     Raises ValueError in one line for an unknown flag or key (with near names), a value of the wrong
     type, or a missing workdir.
     """
-    argv = _join_values(argv)
+    argv = join_values(argv)
     given = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
     config = load_config(given[-1] if given else default)
     rest = [arg for arg in argv if not arg.startswith("--config=")]
@@ -68,7 +68,7 @@ def parse_training_flags(
     return values.config, Path(values.workdir)
 
 
-def _join_values(argv: list[str]) -> list[str]:
+def join_values(argv: list[str]) -> list[str]:
     """`--flag value` as `--flag=value`, so that one form has to be understood below."""
     joined: list[str] = []
     for arg in argv:

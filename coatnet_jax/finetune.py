@@ -1,5 +1,6 @@
 """Fine-tuning for age with any of the `age_losses`, and light gender and race heads."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,24 @@ from coatnet_jax.train_state import TrainState, apply_gradients
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
     """Fine-tune into `workdir`, going on from its checkpoint; whether the run came to its end."""
+    return train(open_finetuning(config, workdir))
+
+
+def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting:
+    """The checked config, the faces and the schedule of a fine-tuning; ValueError as `open_stage`,
+    and for an unknown loss or an age that no loss knows."""
     # What is misspelled should fail before anything is loaded.
     get_age_loss(config.loss.name)
     get_decoder(config.loss.get("decode", "median"))
     setting = open_stage(config, workdir, patience=config.monitor.patience)
-    labels = setting.train_faces.labels
-    check_ages(labels["age"], "the training split")
+    check_ages(setting.train_faces.labels["age"], "the training split")
     check_ages(setting.validation_faces.labels["age"], "the validation split")
+    return setting
+
+
+def train(setting: Setting, *, trackers: Sequence[Callable] = (), traced_rates=False) -> bool:
+    """Fine-tune as `setting` says; the options are those of `run_stage`, and so is the answer."""
+    config, labels = setting.config, setting.train_faces.labels
     balanced = config.loss.get("balanced", False)
     model = build_model(config)
     return run_stage(
@@ -55,6 +67,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
         ema=config.ema > 0,
         layer_decay=config.optim.layer_decay,
         train_from=config.optim.train_from,
+        trackers=trackers,
+        traced_rates=traced_rates,
     )
 
 

@@ -17,6 +17,10 @@ from coatnet_jax.sharding import shard_batch
 from coatnet_jax.train_state import TrainState
 
 
+class Diverged(ValueError):
+    """The loss of a training is no longer a finite number."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """When things happen, in steps; `patience` counts evaluations (0: never stop early)."""
@@ -47,8 +51,8 @@ def train(
     `train_step(state, batch) -> (state, metrics)` donates the state; `evaluate(state)` returns
     validation metrics, the checkpoints' metric among them. A checkpoint is saved after every
     evaluation and when the run is stopped by max_minutes, SIGINT or SIGTERM: then finished is False
-    and the same call goes on from there, bit for bit. Raises ValueError where the loss is not
-    finite; the last checkpoint stays.
+    and the same call goes on from there, bit for bit. Raises Diverged, a ValueError, where the loss
+    is not finite; the last checkpoint stays.
     """
     if restored := checkpoints.restore_latest(state):
         state, iterator_state = restored
@@ -116,7 +120,7 @@ def _report(
     """Check a step's metrics; print and log them where it is its turn (and the first step's)."""
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
     if not all(math.isfinite(value) for value in values.values()):
-        raise ValueError(
+        raise Diverged(
             f"the loss is not finite at step {step} ({values}): lower --config.optim.lr or raise "
             "--config.optim.warmup_epochs; the last checkpoint is kept"
         )

@@ -35,6 +35,8 @@ def _is_ours(error: BaseException) -> bool:
 
 def _run(argv: list[str]) -> int:
     command = argv[0] if argv else ""
+    if command == "tune" and not any(arg in ("-h", "--help") for arg in argv):
+        return _tune(argv[1:])
     wants_help = any(arg in ("-h", "--help", "--helpfull") for arg in argv)
     if command in TRAINING and not wants_help:
         return _train(command, argv[1:])
@@ -76,6 +78,40 @@ def _train(command: str, argv: list[str]) -> int:
     else:
         from coatnet_jax.finetune import run
     return 0 if run(config, workdir) else UNFINISHED
+
+
+def _tune(argv: list[str]) -> int:
+    """`tune`: flags of its own, and all of `finetune`'s."""
+    from coatnet_jax.config import parse_training_flags
+
+    parser = argparse.ArgumentParser(prog="coatnet-jax tune", allow_abbrev=False)
+    _add_tune_arguments(parser)
+    arguments, rest = parser.parse_known_args(argv)
+    config, workdir = parse_training_flags(rest, default="finetune")
+    if config.get("stage") != "finetune":
+        raise ValueError(f"coatnet-jax tune is for fine-tuning, not for {config.get('stage')!r}")
+    _prepare_process()
+    from coatnet_jax import tune, tune_search
+
+    flags = tune.config_flags(rest)
+    if arguments.search is not None:
+        trials, steps = arguments.search, arguments.steps
+        done = tune_search.run(config, workdir, trials=trials, steps=steps, flags=flags)
+    else:
+        done = tune.run(config, workdir, plan=tune.make_plan(config, arguments), flags=flags)
+    return 0 if done else UNFINISHED
+
+
+def _add_tune_arguments(tune: argparse.ArgumentParser) -> None:
+    add = tune.add_argument
+    add("--steps", type=int, default=100, help="steps of a short run (default: 100)")
+    add("--lrs", metavar="A,B,…", help="learning rates (default: seven around the config's)")
+    add(
+        "--weight-decays", metavar="A,B,…", help="weight decays (default: four around the config's)"
+    )
+    add("--overfit-faces", type=int, default=64, help="faces to learn by heart (default: 64)")
+    add("--overfit-steps", type=int, default=300, help="steps to do so (default: 300)")
+    add("--search", type=int, metavar="N", help="instead: N trials of an Optuna search")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,6 +166,14 @@ def _parser() -> argparse.ArgumentParser:
         training.add_argument("--config", help="a shipped config (pretrain:micro) or a path")
         training.add_argument("--config.KEY", metavar="VALUE", help="set a value of the config")
         training.add_argument("--workdir", help="folder for checkpoints and results")
+
+    tune = add(
+        "tune", None, "hyperparameters of fine-tuning: checks, learning rate, weight decay, search"
+    )
+    tune.add_argument("--config", help="a shipped config (finetune:micro) or a path")
+    tune.add_argument("--config.KEY", metavar="VALUE", help="set a value of the config")
+    tune.add_argument("--workdir", help="folder for runs and results")
+    _add_tune_arguments(tune)
 
     embed = add("embed", _embed, "what a run's features know of age, beside untrained ones")
     evaluate = add("evaluate", _evaluate, "four-class accuracy and age error of a fine-tuned run")

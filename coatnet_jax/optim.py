@@ -7,6 +7,7 @@ Everything is decided by the names in the parameter tree: `backbone/stem`, `back
 
 import difflib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -151,6 +152,25 @@ def create_optimizer(
     if layer_decay != 1.0:
         tx = optax.chain(tx, _scale_each(layer_scales(params, decay=layer_decay)))
     return tx
+
+
+def optimizer_with_traced_rates(
+    create: Callable[..., optax.GradientTransformation],
+    *,
+    schedule: optax.Schedule,
+    learning_rate: float,
+    weight_decay: float,
+) -> optax.GradientTransformation:
+    """`create(learning_rate=, weight_decay=)` that keeps both numbers in its state.
+
+    The learning rate is `learning_rate` times `schedule`, whose peak should be 1. Neither number is
+    then a constant of the compiled step: trainings that differ in nothing else compile it once.
+    """
+
+    def make(peak, decay):
+        return create(learning_rate=lambda step: peak * schedule(step), weight_decay=decay)
+
+    return optax.inject_hyperparams(make)(peak=learning_rate, decay=weight_decay)
 
 
 def _scale_each(scales: Params) -> optax.GradientTransformation:

@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from coatnet_jax.config import flat_keys, read_config
 from coatnet_jax.distributed import any_process, is_main
 from coatnet_jax.inference import normalisation
 from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
-from coatnet_jax.optim import create_optimizer, warmup_cosine
+from coatnet_jax.optim import create_optimizer, optimizer_with_traced_rates, warmup_cosine
 from coatnet_jax.paths import data_folder
 from coatnet_jax.plots import training_curves
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
@@ -66,8 +67,16 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     if config.data.cache != "none":
         train_faces = decode_once(train_faces, config.data.image_size)
         validation_faces = decode_once(validation_faces, config.data.image_size)
-    steps_per_epoch = len(train_faces) / config.batch_size
-    schedule = loop.Schedule(
+    schedule = make_schedule(config, faces=len(train_faces), patience=patience)
+    return Setting(config, Path(workdir), mesh, train_faces, validation_faces, schedule)
+
+
+def make_schedule(
+    config: ml_collections.ConfigDict, *, faces: int, patience: int = 0
+) -> loop.Schedule:
+    """The config's schedule in steps, for so many training faces."""
+    steps_per_epoch = faces / config.batch_size
+    return loop.Schedule(
         total_steps=max(1, round(config.epochs * steps_per_epoch)),
         steps_per_epoch=steps_per_epoch,
         evaluate_every=max(1, round(config.monitor.every_epochs * steps_per_epoch)),
@@ -76,7 +85,6 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
         patience=patience,
         max_minutes=config.max_minutes,
     )
-    return Setting(config, Path(workdir), mesh, train_faces, validation_faces, schedule)
 
 
 def _keep_normalisation(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -97,7 +105,13 @@ def _keep_normalisation(config: ml_collections.ConfigDict, workdir: Path) -> Non
 
 
 def _check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    if not (workdir / FOLDER).is_dir() or not (workdir / "config.json").is_file():
+    if (workdir / FOLDER).is_dir():
+        check_same_config(config, workdir)
+
+
+def check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Raise ValueError where `workdir` holds a config.json that gives another result."""
+    if not (workdir / "config.json").is_file():
         return
     before = read_config(workdir / "config.json")
     before.model.update(normalisation(before))
@@ -133,15 +147,20 @@ def run_stage(
     layer_decay: float = 1.0,
     train_from: str = "full",
     make_extra: Callable | None = None,
+    trackers: Sequence[Callable] = (),
+    traced_rates: bool = False,
 ) -> bool:
     """Train `model` from the workdir's checkpoint, else config.init_from, else scratch.
 
     `make_step(tx)` gives the train step, `make_evaluate()` the evaluation of a state, and
     `make_extra(variables)` the first `TrainState.extra`; `metric` is the validation metric (smaller
-    is better) that chooses the best checkpoint. Returns whether the run came to its end.
+    is better) that chooses the best checkpoint. `trackers` are told the metrics too (`MetricsLog`).
+    With `traced_rates` runs that differ in learning rate and weight decay share one compiled step
+    (`optimizer_with_traced_rates`). Returns whether the run came to its end.
     """
     config, workdir, mesh = setting.config, setting.workdir, setting.mesh
-    trackers = open_trackers(config, workdir) if is_main() else []
+    if is_main():
+        trackers = [*open_trackers(config, workdir), *trackers]
     rng_init, rng_train = jax.random.split(jax.random.key(config.seed))
     variables = init_variables(rng_init, model, image_size=config.model.image_size)
     # Asked of all before any goes on, and makes the folder.
@@ -152,17 +171,21 @@ def run_stage(
     # Made after the backbone is loaded: a moving average starts from the loaded weights.
     schedule = setting.schedule
     warmup = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
-    tx = create_optimizer(
+    shape = partial(warmup_cosine, total_steps=schedule.total_steps, warmup_steps=warmup)
+    create = partial(
+        create_optimizer,
         variables["params"],
         name=config.optim.name,
-        learning_rate=warmup_cosine(
-            learning_rate, total_steps=schedule.total_steps, warmup_steps=warmup
-        ),
-        weight_decay=config.optim.weight_decay,
         clip_norm=config.optim.clip_norm,
         layer_decay=layer_decay,
         train_from=train_from,
     )
+    rates = {"weight_decay": config.optim.weight_decay}
+    if traced_rates:
+        rates |= {"learning_rate": learning_rate, "schedule": shape(1.0)}
+        tx = optimizer_with_traced_rates(create, **rates)
+    else:
+        tx = create(learning_rate=shape(learning_rate), **rates)
     extra = make_extra(variables) if make_extra else None
     state = create_train_state(rng_train, variables, tx, ema=ema, extra=extra)
     state = replicate(state, mesh)
