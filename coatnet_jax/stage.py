@@ -31,7 +31,10 @@ FREE_KEYS = (
     *("data.root", "data.workers", "data.cache", "data.crop"),
 )
 # Keys that older runs lack, and what they did.
-LATER_KEYS = {"loss.decode": "median", "loss.balanced": False}
+LATER_KEYS = {
+    **{"loss.decode": "median", "loss.balanced": False, "progressive": ()},
+    **{"augment.rand_augment_ops": 0, "augment.rand_augment_magnitude": 9.0},
+}
 CACHES = ("none", "host", "device")
 
 

@@ -73,6 +73,11 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     augment.jitter_prob = 0.8
     augment.jitter = 0.3
     augment.erase_prob = 0.25
+    augment.rand_augment_ops = 0  # of RandAugment's operations, so many for each view; 0: off
+    augment.rand_augment_magnitude = 9.0  # 0-10
+    # Sizes of the training views, each for an equal share of the epochs: (80, 112), the last one
+    # model.image_size. Empty: that size throughout. Evaluation always has the last one.
+    config.progressive = ()
     config.mixup = 0.1  # alpha of the Beta distribution; 0: off
 
     config.loss = ml_collections.ConfigDict()
