@@ -1,5 +1,6 @@
 """Fine-tuning for age with any of the `age_losses`, and light gender and race heads."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def finetune_train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One supervised step on a batch of `image`, `age`, `gender`, `race`: (state, metrics).
 
+    Where the batch has `ages` [b, k], the label is the mean of those of all these ages (-1: none).
     `gender_classes` and `race_classes` weigh the classes (`balanced_weights`; None: all 1). `mae`
     is that of the expected age against the (mixed) label's, in years, on the augmented views.
     With `smaller` the views are smaller than the images that the parameters belong to.
@@ -125,11 +127,12 @@ def finetune_train_step(
         jax.random.fold_in(state.rng, state.step), 3
     )
     age_loss = get_age_loss(loss_name)
+    ages = batch.get("ages", batch["age"][:, None])
     targets = {
-        "age": age_loss.label(batch["age"], sigma=sigma),
+        "age": mean_label(ages, partial(age_loss.label, sigma=sigma)),
         "gender": class_labels(batch["gender"], N_GENDERS, weights=gender_classes),
         "race": class_labels(batch["race"], N_RACES, weights=race_classes),
-        "years": age_distribution(batch["age"], sigma=0),
+        "years": mean_label(ages, partial(age_distribution, sigma=0)),
     }
     images, targets = mixup(rng_mixup, view(rng_view, batch["image"]), targets, alpha=mixup_alpha)
 
@@ -155,6 +158,14 @@ def finetune_train_step(
         "grad_norm": optax.tree.norm(grads),
     }
     return apply_gradients(state, grads, batch_stats, tx=tx, ema=ema), metrics
+
+
+def mean_label(ages: Int[Array, "b k"], label: Callable) -> Float[Array, "b 117"]:
+    """The mean of `label` [b, 117] over each row's ages that are not -1: where copies of a photo
+    disagree, every age they were given has an equal share."""
+    known = (ages >= 0).astype(jnp.float32)
+    labels = jnp.stack([label(column) for column in ages.T], axis=1)
+    return jnp.einsum("bk,bka->ba", known, labels, precision="highest") / known.sum(1)[:, None]
 
 
 def class_labels(

@@ -50,6 +50,9 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     data.name = "utkface"
     data.splits = "default"
     data.crop = "utkface"  # where the face lies in the pictures, for crops from one's own photos
+    # Training images whose copies disagree on the age: keep, drop (left out), or widen (each learns
+    # the ages of all copies, by equal shares). Validation and test stay as they are.
+    data.label_noise = "keep"
     data.image_size = 200  # uint8 pixels handed to the device; UTKFace's own: nothing to resize
     data.workers = 0  # Grain worker processes; 0 decodes in threads of this process
     data.cache = "none"  # or host, device: decoded once, kept in memory or on the device

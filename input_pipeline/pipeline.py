@@ -37,10 +37,11 @@ _CHUNK = 256  # images that a thread decodes at a time
 class Faces:
     """One split, or several joined, of a prepared folder, with random access.
 
-    labels: age, gender, race int32 [n], file, identity, pixel_hash str [n]. records int64 [n]: the
-    record of each row. fingerprint: of the whole split file. missing: how many files of the split
-    file are not in the folder, or are other pictures there. pixels: uint8 [n, size, size, 3] where
-    `decode_once` has kept them, or None.
+    labels: age, gender, race int32 [n], file, identity, pixel_hash str [n], and `ages` int32 [n, k]
+    where all ages of a photo's copies are to count (`label_noise.settle_conflicts`). records
+    int64 [n]: the record of each row. fingerprint: of the whole split file. missing: how many files
+    of the split file are not in the folder, or are other pictures there. pixels: uint8
+    [n, size, size, 3] where `decode_once` has kept them, or None.
     """
 
     folder: Path
@@ -221,6 +222,8 @@ def _load_batch(faces: Faces, image_size: int, with_images: bool, rows: np.ndarr
     batch = {"image": _load_images(faces, image_size, rows)} if with_images else {}
     for name, padding in (("age", 0), ("gender", -1), ("race", -1)):
         batch[name] = np.where(real, faces.labels[name][rows], padding).astype(np.int32)
+    if "ages" in faces.labels:
+        batch["ages"] = faces.labels["ages"][rows]
     batch["index"] = rows.astype(np.int32)
     batch["weight"] = real.astype(np.float32)
     return batch
