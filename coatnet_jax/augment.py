@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
+from coatnet_jax.rand_augment import rand_augment
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's values 0-1
 IMAGE_STD = (0.229, 0.224, 0.225)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in torchvision and PIL
@@ -86,12 +88,16 @@ def supervised_view(
     jitter_prob: float = 0.8,
     jitter: float = 0.3,
     erase_prob: float = 0.25,
+    rand_augment_ops: int = 0,
+    rand_augment_magnitude: float = 9.0,
     mean: tuple[float, ...] = IMAGE_MEAN,
     std: tuple[float, ...] = IMAGE_STD,
 ) -> Float[Array, "b size size 3"]:
     """One mild view of each image for training on labels; arguments as in `simclr_view`.
 
-    With `erase_prob` a random box becomes the mean colour (random erasing, arXiv 1708.04896).
+    With `rand_augment_ops` each view goes through so many operations of RandAugment (see
+    `rand_augment`), after the colour jitter and before a random box becomes the mean colour with
+    `erase_prob` (random erasing, arXiv 1708.04896).
     """
 
     def draw(key):
@@ -106,7 +112,16 @@ def supervised_view(
     drawn = jax.vmap(draw)(jax.random.split(rng, images.shape[0]))
     kept_rows, kept_columns = drawn[4:]
     kept = kept_rows[:, :, None] | kept_columns[:, None, :]
-    return jnp.where(kept[..., None], _render(images, *drawn[:4], mean=mean, std=std), 0.0)
+    pixels = _pixels(images, *drawn[:4])
+    if rand_augment_ops:
+        pixels = rand_augment(
+            jax.random.fold_in(rng, 1),
+            pixels,
+            ops=rand_augment_ops,
+            magnitude=rand_augment_magnitude,
+            fill=tuple(255 * value for value in mean),
+        )
+    return jnp.where(kept[..., None], normalize(pixels, mean=mean, std=std), 0.0)
 
 
 def eval_view(
@@ -255,7 +270,12 @@ def _resample(image, rows, columns) -> Float[Array, "size 3 size"]:
 def _render(
     images, rows, columns, matrix, contrast, *, mean=IMAGE_MEAN, std=IMAGE_STD
 ) -> Float[Array, "b size size 3"]:
-    """Resample, apply the colour matrix and the contrast about the mean grey, clip, normalise."""
+    """The views with these matrices, normalised."""
+    return normalize(_pixels(images, rows, columns, matrix, contrast), mean=mean, std=std)
+
+
+def _pixels(images, rows, columns, matrix, contrast) -> Float[Array, "b size size 3"]:
+    """Resample, apply the colour matrix and the contrast about the mean grey, clip to 0-255."""
     pixels = jax.vmap(_resample)(images, rows, columns)
     mean_grey = jnp.einsum("c,bcd,bd->b", _LUMA, matrix, jnp.mean(pixels, axis=(1, 3)))
     matrix = contrast[:, None, None] * matrix
@@ -266,4 +286,4 @@ def _render(
         weights[:, c, 0] * red + weights[:, c, 1] * green + weights[:, c, 2] * blue + offset
         for c in range(3)
     ]
-    return normalize(jnp.clip(jnp.stack(channels, axis=-1), 0, 255), mean=mean, std=std)
+    return jnp.clip(jnp.stack(channels, axis=-1), 0, 255)

@@ -18,8 +18,10 @@ from coatnet_jax.heads import N_GENDERS, N_RACES, AgeModel
 from coatnet_jax.inference import Run, build_model, image_format, predict_split
 from coatnet_jax.losses import balanced_weights, cross_entropy
 from coatnet_jax.metrics import accuracy, mae
+from coatnet_jax.progressive import check_sizes, growing_step, params_for
+from coatnet_jax.rand_augment import check_rand_augment
 from coatnet_jax.stage import Setting, open_stage, run_stage
-from coatnet_jax.train_state import TrainState, apply_gradients
+from coatnet_jax.train_state import TrainState, apply_gradients, init_variables
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
@@ -33,6 +35,10 @@ def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting
     # What is misspelled should fail before anything is loaded.
     get_age_loss(config.loss.name)
     get_decoder(config.loss.get("decode", "median"))
+    augment = config.augment
+    check_rand_augment(
+        augment.get("rand_augment_ops", 0), augment.get("rand_augment_magnitude", 9.0)
+    )
     setting = open_stage(config, workdir, patience=config.monitor.patience)
     check_ages(setting.train_faces.labels["age"], "the training split")
     check_ages(setting.validation_faces.labels["age"], "the validation split")
@@ -42,26 +48,24 @@ def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting
 def train(setting: Setting, *, trackers: Sequence[Callable] = (), traced_rates=False) -> bool:
     """Fine-tune as `setting` says; the options are those of `run_stage`, and so is the answer."""
     config, labels = setting.config, setting.train_faces.labels
-    balanced = config.loss.get("balanced", False)
+    sizes = tuple(config.get("progressive", ()))
+    steps = setting.schedule.total_steps
+    check_sizes(sizes, config.model.image_size, total_steps=steps)
     model = build_model(config)
+    for size in sizes:  # what the model cannot take should fail before anything is trained
+        jax.eval_shape(partial(init_variables, model=model, image_size=size), jax.random.key(0))
+
+    def make_step(tx: optax.GradientTransformation) -> Any:
+        step = partial(_make_step, config, labels, model=model, tx=tx)
+        if not sizes:
+            return step(config.model.image_size)
+        return growing_step(step, sizes, total_steps=steps, name=config.stage)
+
     return run_stage(
         setting,
         model,
         learning_rate=config.optim.lr * config.batch_size / 128,
-        make_step=lambda tx: partial(
-            finetune_train_step,
-            model=model,
-            tx=tx,
-            view=partial(supervised_view, **image_format(config), **config.augment.to_dict()),
-            loss_name=config.loss.name,
-            sigma=config.loss.sigma,
-            gender_weight=config.loss.gender,
-            race_weight=config.loss.race,
-            gender_classes=balanced_weights(labels["gender"], N_GENDERS) if balanced else None,
-            race_classes=balanced_weights(labels["race"], N_RACES) if balanced else None,
-            mixup_alpha=config.mixup,
-            ema=config.ema,
-        ),
+        make_step=make_step,
         make_evaluate=lambda: partial(evaluate, setting=setting),
         metric="mae",
         ema=config.ema > 0,
@@ -72,11 +76,39 @@ def train(setting: Setting, *, trackers: Sequence[Callable] = (), traced_rates=F
     )
 
 
+def _make_step(
+    config: ml_collections.ConfigDict,
+    labels: dict[str, Any],
+    size: int,
+    *,
+    model: AgeModel,
+    tx: optax.GradientTransformation,
+) -> Any:
+    """The train step of a config for views of `size` pixels; `labels` are the training split's."""
+    balanced = config.loss.get("balanced", False)
+    view = {**image_format(config), **config.augment.to_dict(), "size": size}
+    return partial(
+        finetune_train_step,
+        model=model,
+        tx=tx,
+        view=partial(supervised_view, **view),
+        loss_name=config.loss.name,
+        sigma=config.loss.sigma,
+        gender_weight=config.loss.gender,
+        race_weight=config.loss.race,
+        gender_classes=balanced_weights(labels["gender"], N_GENDERS) if balanced else None,
+        race_classes=balanced_weights(labels["race"], N_RACES) if balanced else None,
+        mixup_alpha=config.mixup,
+        ema=config.ema,
+        smaller=size != config.model.image_size,
+    )
+
+
 @partial(
     jax.jit,
     static_argnames=(
         "model tx view loss_name sigma gender_weight race_weight "
-        "gender_classes race_classes mixup_alpha ema".split()
+        "gender_classes race_classes mixup_alpha ema smaller".split()
     ),
     donate_argnames="state",
 )
@@ -95,27 +127,32 @@ def finetune_train_step(
     ema: float,
     gender_classes: tuple[float, ...] | None = None,
     race_classes: tuple[float, ...] | None = None,
+    smaller: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One supervised step on a batch of `image`, `age`, `gender`, `race`: (state, metrics).
 
+    Where the batch has `ages` [b, k], the label is the mean of those of all these ages (-1: none).
     `gender_classes` and `race_classes` weigh the classes (`balanced_weights`; None: all 1). `mae`
     is that of the expected age against the (mixed) label's, in years, on the augmented views.
+    With `smaller` the views are smaller than the images that the parameters belong to.
     """
     rng_view, rng_mixup, rng_dropout = jax.random.split(
         jax.random.fold_in(state.rng, state.step), 3
     )
     age_loss = get_age_loss(loss_name)
+    ages = batch.get("ages", batch["age"][:, None])
     targets = {
-        "age": age_loss.label(batch["age"], sigma=sigma),
+        "age": mean_label(ages, partial(age_loss.label, sigma=sigma)),
         "gender": class_labels(batch["gender"], N_GENDERS, weights=gender_classes),
         "race": class_labels(batch["race"], N_RACES, weights=race_classes),
-        "years": age_distribution(batch["age"], sigma=0),
+        "years": mean_label(ages, partial(age_distribution, sigma=0)),
     }
     images, targets = mixup(rng_mixup, view(rng_view, batch["image"]), targets, alpha=mixup_alpha)
 
     def loss_fn(params):
+        seen = params_for(params, images, model=model) if smaller else params
         out, mutated = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+            {"params": seen, "batch_stats": state.batch_stats},
             images,
             train=True,
             mutable=["batch_stats"],
@@ -134,6 +171,14 @@ def finetune_train_step(
         "grad_norm": optax.tree.norm(grads),
     }
     return apply_gradients(state, grads, batch_stats, tx=tx, ema=ema), metrics
+
+
+def mean_label(ages: Int[Array, "b k"], label: Callable) -> Float[Array, "b 117"]:
+    """The mean of `label` [b, 117] over each row's ages that are not -1: where copies of a photo
+    disagree, every age they were given has an equal share."""
+    known = (ages >= 0).astype(jnp.float32)
+    labels = jnp.stack([label(column) for column in ages.T], axis=1)
+    return jnp.einsum("bk,bka->ba", known, labels, precision="highest") / known.sum(1)[:, None]
 
 
 def class_labels(

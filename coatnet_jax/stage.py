@@ -25,6 +25,7 @@ from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
 from coatnet_jax.terms import model_card
 from coatnet_jax.tracking import open_trackers
 from coatnet_jax.train_state import TrainState, create_train_state, init_variables
+from input_pipeline.label_noise import settle_conflicts, write_account
 from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
 
 # Keys that may differ between the runs that make up one training: they change no result.
@@ -33,13 +34,20 @@ FREE_KEYS = (
     *("data.root", "data.workers", "data.cache", "data.crop"),
 )
 # Keys that older runs lack, and what they did.
-LATER_KEYS = {"loss.decode": "median", "loss.balanced": False}
+LATER_KEYS = {
+    **{"loss.decode": "median", "loss.balanced": False, "progressive": ()},
+    **{"augment.rand_augment_ops": 0, "augment.rand_augment_magnitude": 9.0},
+    "data.label_noise": "keep",
+}
 CACHES = ("none", "host", "device")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a stage works with: its config, folder, devices, faces and schedule."""
+    """What a stage works with: its config, folder, devices, faces and schedule.
+
+    conflicts: the training faces whose copies disagree, where `data.label_noise` did something.
+    """
 
     config: ml_collections.ConfigDict
     workdir: Path
@@ -47,6 +55,7 @@ class Setting:
     train_faces: Faces
     validation_faces: Faces
     schedule: loop.Schedule
+    conflicts: tuple[dict[str, str], ...] = ()
 
 
 def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: int = 0) -> Setting:
@@ -64,11 +73,17 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     folder = data_folder(config.data.name, config.data.root)
     train_faces = open_split(folder, "train", splits=config.data.splits)
     validation_faces = open_split(folder, "validation", splits=config.data.splits)
+    how = config.data.get("label_noise", "keep")
+    train_faces, conflicts = settle_conflicts(train_faces, how)
+    if how != "keep":
+        _tell_conflicts(config, conflicts)
     if config.data.cache != "none":
         train_faces = decode_once(train_faces, config.data.image_size)
         validation_faces = decode_once(validation_faces, config.data.image_size)
     schedule = make_schedule(config, faces=len(train_faces), patience=patience)
-    return Setting(config, Path(workdir), mesh, train_faces, validation_faces, schedule)
+    return Setting(
+        config, Path(workdir), mesh, train_faces, validation_faces, schedule, tuple(conflicts)
+    )
 
 
 def make_schedule(
@@ -84,6 +99,16 @@ def make_schedule(
         batch_size=config.batch_size,
         patience=patience,
         max_minutes=config.max_minutes,
+    )
+
+
+def _tell_conflicts(config: ml_collections.ConfigDict, conflicts: list[dict[str, str]]) -> None:
+    done = {"drop": "left out", "widen": "trained on with the ages of all their copies"}
+    groups = len({row["group"] for row in conflicts})
+    print(
+        f"[{config.stage}] {len(conflicts)} training images in {groups} groups of copies whose "
+        f"ages disagree: {done[config.data.label_noise]} (label_noise.csv)",
+        flush=True,
     )
 
 
@@ -199,6 +224,8 @@ def run_stage(
         )
         (workdir / "MODEL_CARD.md").write_text(card)
         _copy_data_report(setting)
+        if (how := config.data.get("label_noise", "keep")) != "keep":
+            write_account(workdir / "label_noise.csv", list(setting.conflicts), how)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
         f"[{config.stage}] {config.model.name}, {parameters / 1e6:.2f} M parameters, "

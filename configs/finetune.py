@@ -52,6 +52,9 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     data.name = "utkface"
     data.splits = "default"
     data.crop = "utkface"  # where the face lies in the pictures, for crops from one's own photos
+    # Training images whose copies disagree on the age: keep, drop (left out), or widen (each learns
+    # the ages of all copies, by equal shares). Validation and test stay as they are.
+    data.label_noise = "keep"
     data.image_size = 200  # uint8 pixels handed to the device; UTKFace's own: nothing to resize
     data.workers = 0  # Grain worker processes; 0 decodes in threads of this process
     data.cache = "none"  # or host, device: decoded once, kept in memory or on the device
@@ -75,6 +78,11 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     augment.jitter_prob = 0.8
     augment.jitter = 0.3
     augment.erase_prob = 0.25
+    augment.rand_augment_ops = 0  # of RandAugment's operations, so many for each view; 0: off
+    augment.rand_augment_magnitude = 9.0  # 0-10
+    # Sizes of the training views, each for an equal share of the epochs: (80, 112), the last one
+    # model.image_size. Empty: that size throughout. Evaluation always has the last one.
+    config.progressive = ()
     config.mixup = 0.1  # alpha of the Beta distribution; 0: off
 
     config.loss = ml_collections.ConfigDict()

@@ -39,10 +39,12 @@ _FILES_BYTES = 1 << 30  # data sets up to this size are held in memory, as files
 class Faces:
     """One split, or several joined, of a prepared folder, with random access.
 
-    labels: age, gender, race int32 [n], file, identity, pixel_hash str [n]. records int64 [n]: the
-    record of each row. fingerprint: of the whole split file. missing: how many files of the split
-    file are not in the folder, or are other pictures there. pixels: uint8 [n, size, size, 3] where
-    `decode_once` has kept them, or None. files: the image file of each row, where they are held.
+    labels: age, gender, race int32 [n], file, identity, pixel_hash str [n], and `ages` int32 [n, k]
+    where all ages of a photo's copies are to count (`label_noise.settle_conflicts`). records
+    int64 [n]: the record of each row. fingerprint: of the whole split file. missing: how many files
+    of the split file are not in the folder, or are other pictures there. pixels: uint8
+    [n, size, size, 3] where `decode_once` has kept them, or None. files: the image file of each
+    row, where they are held.
     """
 
     folder: Path
@@ -246,6 +248,8 @@ def _load_batch(faces: Faces, image_size: int, with_images: bool, rows: np.ndarr
     batch = {"image": _load_images(faces, image_size, rows)} if with_images else {}
     for name, padding in (("age", 0), ("gender", -1), ("race", -1)):
         batch[name] = np.where(real, faces.labels[name][rows], padding).astype(np.int32)
+    if "ages" in faces.labels:
+        batch["ages"] = faces.labels["ages"][rows]
     batch["index"] = rows.astype(np.int32)
     batch["weight"] = real.astype(np.float32)
     return batch

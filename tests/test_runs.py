@@ -108,6 +108,45 @@ def test_killed_and_resumed_equals_never_stopped(
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
+def test_growing_views_resume_exactly_and_end_at_the_size_that_is_evaluated(
+    drawn_root, tmp_path, monkeypatch, capsys
+):
+    def config():
+        small = {"epochs": 0.72, "monitor.every_epochs": 0.29}  # 5 steps, saved every 2
+        return tiny(
+            "finetune", drawn_root, progressive=(32, 64), **small | {"model.image_size": 64}
+        )
+
+    evaluated, eval_view = [], inference.eval_view
+    monkeypatch.setattr(
+        inference,
+        "eval_view",
+        lambda x, **view: (evaluated.append(view["size"]), eval_view(x, **view))[1],
+    )
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert finetune.run(config(), whole)
+    with monkeypatch.context() as patched:
+        kill_after(3, patched)
+        with pytest.raises(RuntimeError, match="killed"):
+            finetune.run(config(), run)
+    assert finetune.run(config(), run)  # from step 2, in the middle of the first size's share
+    same_weights(whole, run)
+    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    said = [x for x in capsys.readouterr().out.splitlines() if "px from here" in x]
+    first, second = (
+        f"[finetune] step {n}: views of {size} px from here" for n, size in ((1, 32), (4, 64))
+    )
+    assert said == [first, second, first, first.replace("step 1", "step 3"), second]
+    assert set(evaluated) == {64}
+    table = load_variables(whole)[0]["params"]["backbone"]["stage3_block0"]["attention"]
+    assert table["relative_bias"].shape[0] == 7 * 7  # 4x4 tokens: those of 64 px
+    with pytest.raises(ValueError, match="an image of 16x16 is too small"):
+        finetune.run(tiny("finetune", drawn_root, progressive=(16, 32)), tmp_path / "other")
+    with pytest.raises(ValueError, match="must grow from size to size and end with"):
+        finetune.run(tiny("finetune", drawn_root, progressive=(32, 48)), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("method", ["dino", pytest.param("byol", marks=pytest.mark.slow)])
 def test_second_network_is_resumed_exactly(method, drawn_root, tmp_path, monkeypatch):
     def config():
@@ -205,6 +244,9 @@ def test_run_from_before_other_losses_is_read_and_gone_on_with(drawn_root, finet
     shutil.copytree(finetuned, old)
     config = json.loads((old / "config.json").read_text())
     assert (config["loss"].pop("decode"), config["loss"].pop("balanced")) == ("median", False)
+    assert (config.pop("progressive"), config["data"].pop("label_noise")) == ([], "keep")
+    assert config["augment"].pop("rand_augment_ops") == 0
+    assert config["augment"].pop("rand_augment_magnitude") == 9
     (old / "config.json").write_text(json.dumps(config))
     result = evaluate.run(old, drawn_root / "drawn")
     assert result == evaluate.run(finetuned, drawn_root / "drawn", out=tmp_path) | {"run": str(old)}
@@ -317,6 +359,13 @@ def test_command_line_errors_are_one_line(drawn_root, pretrained, finetuned, tmp
         [*fine, "--config.init_from=nowhere"],
         [*fine, f"--config.init_from={broken}"],
         [*fine, "--config.optim.train_from=stage9"],
+        [*fine, "--config.progressive=(64,48)"],
+        [
+            *fine,
+            "--config.augment.rand_augment_ops=2",
+            "--config.augment.rand_augment_magnitude=12",
+        ],
+        [*fine, "--config.data.label_noise=remove"],
         ["evaluate", str(pretrained)],
         ["evaluate", str(finetuned), "--decode", "mode"],
         ["evaluate", str(empty)],

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from coatnet_jax import finetune
-from coatnet_jax.age_losses import AGE_LOSSES, get_age_loss
+from coatnet_jax.age_losses import AGE_LOSSES, age_distribution, get_age_loss
 from coatnet_jax.augment import eval_view, simclr_view, supervised_view
 from coatnet_jax.coatnet import CoAtNet, CoAtNetConfig
 from coatnet_jax.config import load_config
@@ -149,6 +149,32 @@ def test_finetune_step_is_traced_with_every_loss(name):
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
     assert all(jax.tree.leaves(same))
     assert metrics.keys() == {"loss", "mae", "grad_norm"}
+
+
+def test_label_of_copies_that_disagree_is_the_mean_of_their_labels():
+    ages = np.array([[30, 50, 30], [7, -1, -1], [40, 44, -1]])
+    found = finetune.mean_label(jnp.asarray(ages), partial(age_distribution, sigma=2.0))
+    years = np.arange(117)
+    for row, label in zip(ages, found, strict=True):
+        bells = [np.exp(-0.5 * ((years - age) / 2) ** 2) for age in row if age >= 0]
+        expected = np.mean([bell / bell.sum() for bell in bells], axis=0)
+        np.testing.assert_allclose(label, expected, atol=1e-6)
+    one_hot = finetune.mean_label(jnp.asarray(ages), partial(age_distribution, sigma=0))
+    np.testing.assert_allclose(one_hot[0, [30, 50]], [2 / 3, 1 / 3], rtol=1e-6)
+
+
+def test_step_learns_from_all_ages_of_a_batch_that_has_them():
+    batch = make_batch() | {"gender": np.full(16, -1, np.int32), "race": np.full(16, -1, np.int32)}
+    alone = np.stack([batch["age"], np.full(16, -1)], axis=1).astype(np.int32)
+    other = np.where(alone < 0, 116 - batch["age"][:, None], alone)
+    state, step = age_step("mse", SGD, mixup_alpha=0.0)
+    mae = [
+        step(jax.tree.map(jnp.copy, state), batch | more)[1]["mae"]
+        for more in ({}, {"ages": alone}, {"ages": other})
+    ]
+    assert mae[0] == mae[1]
+    # All labels then have the middle of the ages as their mean, where a regression starts.
+    assert mae[2] < 2 < mae[0]
 
 
 @pytest.mark.parametrize("name", ["coral", "mse"])
