@@ -18,6 +18,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from coatnet_jax.baselines.vit import adapt_positions
 from coatnet_jax.coatnet import adapt_relative_bias
+from coatnet_jax.release_weights import FILE as RELEASED
+from coatnet_jax.release_weights import load_weights
 from coatnet_jax.train_state import TrainState
 
 FOLDER = "checkpoints"
@@ -112,10 +114,16 @@ def save_variables(workdir: Path, variables: dict[str, Any]) -> None:
 def load_variables(run_dir: Path, *, which: str = "best") -> tuple[dict[str, Any], int]:
     """({'params', 'batch_stats'} as NumPy arrays, step) of a run: 'best', 'latest' or a step.
 
-    The moving average is taken where there is one. Raises FileNotFoundError where the run has no
-    checkpoint, ValueError for an unknown `which`.
+    The moving average is taken where there is one. A folder of `coatnet-jax release` has one step
+    only. Raises FileNotFoundError where the run has no checkpoint, ValueError for an unknown
+    `which`.
     """
     run_dir = Path(run_dir)
+    if (run_dir / RELEASED).is_file():
+        variables, step = load_weights(run_dir)
+        if which not in ("best", "latest", str(step)):
+            raise ValueError(f"no checkpoint {which!r} in {run_dir}: it holds step {step} alone")
+        return variables, step
     if not (run_dir / FOLDER).is_dir():
         what = f"it has no folder {FOLDER}" if run_dir.is_dir() else "there is no such folder"
         raise FileNotFoundError(

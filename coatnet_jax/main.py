@@ -218,14 +218,24 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", default="comparison", help="folder for the results")
 
     predict = add("predict", _predict, "ages of the faces in photos: a table, a CSV, pictures")
-    predict.add_argument("run_dir", help="workdir of a fine-tuning run")
-    predict.add_argument("inputs", nargs="+", help="pictures or folders")
+    predict.add_argument(
+        "paths",
+        nargs="+",
+        metavar="[RUN] PATH",
+        help="pictures or folders; before them the workdir of a fine-tuning run, where it is to be "
+        "another model than the one that comes with the package",
+    )
     predict.add_argument("--out", help="folder for the results (default: predictions)")
     predict.add_argument(
         "--no-detect",
         action="store_true",
         help="the pictures are face crops already: take each one whole",
     )
+
+    release = add("release", _release, "a fine-tuned run as a small folder with a model card")
+    release.add_argument("run_dir", help="workdir of a fine-tuning run")
+    release.add_argument("--out", required=True, help="folder to write")
+    release.add_argument("--root", help="folder for built data (default: the run's)")
 
     models = add("models", _models, "the backbones: size, multiply-adds, feature width, source")
     models.add_argument("names", nargs="*", metavar="NAME", help="backbones (default: all)")
@@ -394,10 +404,11 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from coatnet_jax.predict import run
+    from coatnet_jax.predict import run, split_run
 
     find = None if arguments.no_detect else _detector("--no-detect takes face crops as they are")
-    run(Path(arguments.run_dir), arguments.inputs, find=find, out=arguments.out)
+    run_dir, inputs = split_run(arguments.paths)
+    run(run_dir, inputs, find=find, out=arguments.out)
 
 
 def _detector(otherwise: str):
@@ -408,6 +419,13 @@ def _detector(otherwise: str):
         return Detector()
     except ValueError as error:
         raise ValueError(f"{error}; {otherwise}") from None
+
+
+def _release(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.release import write_release
+
+    data = _data_of(arguments.run_dir, root=arguments.root)
+    write_release(Path(arguments.run_dir), data, Path(arguments.out))
 
 
 def _models(arguments: argparse.Namespace) -> None:

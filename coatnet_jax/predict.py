@@ -18,6 +18,7 @@ from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, get_de
 from coatnet_jax.conformal import conformal_interval, posterior_interval, read_constants
 from coatnet_jax.inference import Run, load_run
 from coatnet_jax.pages import write_csv
+from coatnet_jax.release_weights import PACKAGED
 from input_pipeline.face_crops import (
     Face,
     Find,
@@ -34,6 +35,7 @@ from input_pipeline.images import centre_square
 ENDINGS = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif"}
 # Looked for in folders too, so that they are named as unreadable instead of passed over.
 UNSUPPORTED = {".heic", ".heif", ".avif", ".gif"}
+SHAPES = (1, 8, 32)  # sizes of a batch
 ON_SHEET = 24
 CROP_SIDE = 400  # px; a square picture up to this may be a face crop in which no face is found
 ENLARGED = 2.0  # a face is noted as small when its crop is enlarged by more than this
@@ -57,6 +59,14 @@ class Look:
         return square_crop(image, self.face, size=size, geometry=self.geometry)
 
 
+def split_run(paths: Sequence[str | Path]) -> tuple[Path, list[str | Path]]:
+    """(folder of the run, pictures) of what the command line names: the first is a run if it holds
+    a config, else the model of the package predicts."""
+    if (Path(paths[0]).expanduser() / "config.json").is_file():
+        return Path(paths[0]).expanduser(), list(paths[1:])
+    return PACKAGED, list(paths)
+
+
 def run(
     run_dir: str | Path,
     inputs: Sequence[str | Path],
@@ -78,7 +88,9 @@ def run(
     """
     out = Path(out) if out else Path("predictions")
     paths = find_images(inputs, recursive=recursive, out=out)
-    model = load_run(Path(run_dir), which=which, batch_size=min(batch_size, len(paths)))
+    # Few shapes, so that what was compiled for one number of pictures serves the next.
+    batch_size = next((size for size in SHAPES if len(paths) <= size <= batch_size), batch_size)
+    model = load_run(Path(run_dir), which=which, batch_size=batch_size)
     if model.stage != "finetune":
         raise ValueError(
             f"{run_dir} is a {model.stage} run without an age head; predict with a finetune run"
@@ -135,7 +147,10 @@ def find_images(
         elif path.exists():
             found.setdefault(path.resolve(), path)
         else:
-            raise FileNotFoundError(f"{path} does not exist: name image files or folders")
+            raise FileNotFoundError(
+                f"{path} does not exist: name image files or folders, and before them the folder "
+                "of a fine-tuning run if it is to be another model than the package's"
+            )
     if not found:
         folders = ", ".join(str(name) for name in inputs)
         known = " ".join(sorted(ENDINGS))

@@ -9,13 +9,15 @@ import io
 import math
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 DTYPES = {
     "DoubleStorage": np.float64,
@@ -54,6 +56,19 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     old = start[:1] == b"\x80"
     what = "a PyTorch file from before version 1.6" if old else "neither .safetensors nor PyTorch's"
     raise ValueError(f"{path} is {what}; {CONVERT}")
+
+
+def write_weights(
+    path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str]
+) -> None:
+    """Write a .safetensors file of named arrays, with a few words about them."""
+    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path, dict(metadata))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words that a .safetensors file holds beside its arrays; it must be readable."""
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
 
 
 class _Storage(NamedTuple):

@@ -328,7 +328,7 @@ def test_no_detect_takes_crops_without_a_detector(run, tmp_path, monkeypatch):
     monkeypatch.setattr(mtcnn, "PACKAGE", "no-such-package")
     crop = picture(tmp_path / "a.png", colour=(100, 0, 0))
     with pytest.raises(SystemExit) as end:
-        main(["predict", "run", str(crop), "--no-detect", "--out", str(tmp_path / "out")])
+        main(["predict", str(crop), "--no-detect", "--out", str(tmp_path / "out")])
     assert end.value.code == 0
     with (tmp_path / "out/predictions.csv").open() as file:
         assert float(next(csv.DictReader(file))["age"]) == pytest.approx(50, abs=1)

@@ -1,0 +1,75 @@
+"""A fine-tuned run as a small folder to hand on; the one in the package is made so.
+
+    coatnet-jax release runs/finetune --out=coatnet_jax/released
+
+`weights.safetensors` holds the parameters in bfloat16, half of their bytes, and BatchNorm's
+statistics in float32. Beside it lie config.json and run.json without the paths of the machine,
+evaluation.json and conformal.json, measured with these very weights, and MODEL_CARD.md. Every
+command that takes the folder of a run takes such a folder too.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from coatnet_jax import evaluate
+from coatnet_jax.checkpoint import load_variables
+from coatnet_jax.config import read_config, save_config
+from coatnet_jax.pages import write_json
+from coatnet_jax.release_card import release_card
+from coatnet_jax.release_weights import FILE, save_weights
+
+KEPT = ("started", "parameters", "data_fingerprint", "git_revision", "python", "versions")
+KEPT += ("devices", "machine", "wall_seconds", "step")
+
+
+def write_release(run_dir: Path, data_folder: Path, out: Path) -> dict[str, Any]:
+    """Write the best checkpoint of a run to `out` and evaluate what was written on the test split.
+
+    Gives back the evaluation, whose report goes to `<run_dir>/released`. Raises ValueError for a
+    run without an age head, and what `evaluate.run` raises.
+    """
+    run_dir, out = Path(run_dir), Path(out)
+    variables, step = load_variables(run_dir)
+    config = read_config(run_dir / "config.json")
+    if config.stage != "finetune":
+        raise ValueError(
+            f"{run_dir} is a {config.stage} run without an age head; release a finetune run"
+        )
+    pretraining = _pretraining(config.init_from)
+    out.mkdir(parents=True, exist_ok=True)
+    save_weights(out / FILE, variables, step=step)
+    config.data.root, config.init_from = "", ""
+    save_config(config, out / "config.json")
+    told = json.loads((run_dir / "run.json").read_text())
+    run = {key: told[key] for key in KEPT if key in told} | {"pretraining": pretraining}
+    write_json(out / "run.json", run)
+    report = run_dir / "released"
+    result = evaluate.run(out, data_folder, out=report, show_faces=False)
+    measured = {key: value for key, value in result.items() if key not in ("run", "data")}
+    measured["environment"] = {**result["environment"], "command": f"coatnet-jax release {run_dir}"}
+    write_json(out / "evaluation.json", measured)
+    card = release_card(config, run, measured, _other_sets(run_dir))
+    (out / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+    size = (out / FILE).stat().st_size / 1e6
+    print(f"released to {out}: {FILE} ({size:.1f} MB), MODEL_CARD.md, evaluation.json")
+    return result
+
+
+def _pretraining(init_from: str) -> dict[str, Any] | None:
+    """How the backbone was pre-trained: method, epochs, image_size; None where it was not."""
+    path = Path(init_from) / "config.json"
+    if not init_from or not path.is_file():
+        return None
+    config = read_config(path)
+    return {
+        "method": config.get("method", config.stage),
+        "epochs": config.get("epochs"),
+        "image_size": config.model.get("image_size"),
+    }
+
+
+def _other_sets(run_dir: Path) -> list[dict[str, Any]]:
+    """The run's evaluations on sets that it was not trained on."""
+    results = [json.loads(p.read_text()) for p in sorted(run_dir.glob("evaluate/*/metrics.json"))]
+    return [result for result in results if not result["trained_on"]["same_data"]]

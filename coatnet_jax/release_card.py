@@ -1,0 +1,138 @@
+"""The model card of a released model, from what its evaluation measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from coatnet_jax.terms import DISCOURAGED, LIMITS, OTHER_LIMITS, data_terms
+
+HEADINGS = {"age": "Age band", "gender": "Gender, as labelled", "race": "Group, as labelled"}
+
+
+def release_card(
+    config: ml_collections.ConfigDict,
+    run: Mapping[str, Any],
+    result: Mapping[str, Any],
+    others: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Markdown: what it is, its training, terms, results by group, calibration, limits, use.
+
+    `run` is run.json, `result` the metrics on the test split, `others` those on other data sets.
+    """
+    name = config.data.name
+    parts = [
+        f"# {config.model.name}: age from a face, {config.model.image_size} px",
+        _what(config, run),
+        "## Terms",
+        data_terms(name),
+        "## Results",
+        _scores(result),
+        *_groups(result),
+        "## Calibration",
+        _calibration(result),
+        *_others(others),
+        "## Limits",
+        LIMITS if name == "utkface" else OTHER_LIMITS,
+        "## Use",
+        DISCOURAGED,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
+    start = "from random weights"
+    if before := run.get("pretraining"):
+        start = (
+            f"after {before['method']} pre-training ({before['epochs']:g} epochs at "
+            f"{before['image_size']} px on the same training split)"
+        )
+    return (
+        f"{run['parameters'] / 1e6:.2f} M parameters, kept in bfloat16. Fine-tuned on the training "
+        f"split of `{config.data.name}` for {config.epochs:g} epochs, {start}, with no outside "
+        f"weights or labels; seed {config.seed}, data fingerprint "
+        f"`{run['data_fingerprint'][:16]}`, revision `{run['git_revision']}`, "
+        f"{', '.join(run['devices'])}, {run['wall_seconds'] / 60:.0f} minutes. Its answer is the "
+        f"{config.loss.get('decode', 'median')} of a probability for each age from 0 to 116."
+    )
+
+
+def _scores(result: Mapping[str, Any]) -> str:
+    base = result["baseline"]
+
+    def percents(ends: Sequence[float]) -> str:
+        return f"{100 * ends[0]:.1f}-{100 * ends[1]:.1f} %"
+
+    low, high = result["mae_interval"]
+    rows = [
+        ("mean absolute error, years", f"{result['mae']:.2f}", f"{low:.2f}-{high:.2f}",
+         f"{base['mae']:.2f}"),
+        ("median error, years", f"{result['median_error']:.2f}", "", ""),
+    ]  # fmt: skip
+    for key, label in (
+        ("cs5", "within 5 years"),
+        ("accuracy", "4 classes (<18, 18-40, 41-60, >60)"),
+        ("balanced_accuracy", "4 classes, balanced"),
+    ):
+        ends = percents(result[f"{key}_interval"])
+        rows.append((label, f"{100 * result[key]:.1f} %", ends, f"{100 * base[key]:.1f} %"))
+    title = (
+        f"{result['images']:,} faces of the {result['split']} split, none of them trained on; with "
+        "95 % bootstrap intervals, beside the best constant answer."
+    )
+    return title + "\n\n" + _table(("", "model", "95 % interval", "constant"), rows)
+
+
+def _groups(result: Mapping[str, Any]) -> list[str]:
+    parts = []
+    for by, heading in HEADINGS.items():
+        rows = [
+            (
+                row["group"],
+                f"{row['support']:,}",
+                f"{row['mae']:.2f} ({row['mae_interval'][0]:.2f}-{row['mae_interval'][1]:.2f})",
+                f"{row['bias']:+.2f}",
+            )
+            for row in result["groups"]
+            if row["by"] == by
+        ]
+        if rows:
+            parts.append(_table((heading, "faces", "MAE, years (95 %)", "bias, years"), rows))
+    return parts
+
+
+def _calibration(result: Mapping[str, Any]) -> str:
+    text = (
+        "Expected calibration error of the probability of the class: "
+        f"{100 * result['calibration']['ece']:.1f} %."
+    )
+    found = result["conformal"]
+    if found.get("constants"):
+        text += (
+            f" The 90 % intervals (split conformal, set on the validation split) hold "
+            f"{100 * found['covered']:.1f} % of the ages and are {found['width']:.1f} years wide "
+            "on average; the promise is for faces like those of the data set, not for each group."
+        )
+    return text
+
+
+def _others(others: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not others:
+        return []
+    rows = [
+        (
+            f"{result['data_name']}, {result['split']}",
+            f"{result['images']:,}",
+            f"{result['mae']:.2f}",
+            f"{100 * result['accuracy']:.1f} %",
+            f"{100 * result['conformal']['covered']:.1f} %",
+        )
+        for result in others
+    ]
+    columns = ("set", "faces", "MAE, years", "4 classes", "inside the 90 % interval")
+    return ["## Other pictures", _table(columns, rows)]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

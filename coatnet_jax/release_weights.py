@@ -1,0 +1,39 @@
+"""The weights of a released folder: one file, with the parameters rounded to bfloat16."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from coatnet_jax.weight_files import read_metadata, read_weights, write_weights
+
+FILE = "weights.safetensors"
+PACKAGED = Path(__file__).parent / "released"  # the model that comes with the package
+
+
+def save_weights(path: Path, variables: Mapping[str, Any], *, step: int) -> None:
+    """Write {'params', 'batch_stats'}, the parameters rounded to bfloat16."""
+    flat = flatten_dict({kind: variables[kind] for kind in ("params", "batch_stats")}, sep="/")
+    arrays = {
+        name: np.asarray(value, ml_dtypes.bfloat16 if name.startswith("params/") else np.float32)
+        for name, value in flat.items()
+    }
+    write_weights(path, arrays, metadata={"step": str(step)})
+
+
+def load_weights(folder: Path) -> tuple[dict[str, Any], int]:
+    """({'params', 'batch_stats'} in float32, step of the run) of a released folder.
+
+    Raises ValueError where the file is damaged or not one of ours.
+    """
+    path = Path(folder) / FILE
+    arrays, metadata = read_weights(path), read_metadata(path)
+    tree = unflatten_dict({k: np.asarray(v, np.float32) for k, v in arrays.items()}, sep="/")
+    if "params" not in tree or not metadata.get("step", "").isdigit():
+        raise ValueError(f"{path} was not written by coatnet-jax release")
+    return {"params": tree["params"], "batch_stats": tree.get("batch_stats", {})}, int(
+        metadata["step"]
+    )

@@ -1,0 +1,151 @@
+"""A run as a folder to hand on: the same answers, no paths of the machine, a model card."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from coatnet_jax import predict, release, release_weights
+from coatnet_jax.checkpoint import load_variables
+from coatnet_jax.config import load_config, read_config
+from coatnet_jax.release_card import release_card
+
+METRICS = {
+    "split": "test",
+    "images": 40,
+    "mae": 6.5,
+    "mae_interval": [6.0, 7.0],
+    "median_error": 5.0,
+    "cs5": 0.5,
+    "cs5_interval": [0.4, 0.6],
+    "accuracy": 0.75,
+    "accuracy_interval": [0.7, 0.8],
+    "balanced_accuracy": 0.6,
+    "balanced_accuracy_interval": [0.5, 0.7],
+    "baseline": {"mae": 15.0, "cs5": 0.3, "accuracy": 0.54, "balanced_accuracy": 0.25},
+    "groups": [
+        {"by": "age", "group": "0–9", "support": 9, "mae": 3.25, "mae_interval": [2.0, 4.0],
+         "bias": 1.5},
+        {"by": "gender × race", "group": "other", "support": 9, "mae": 9.99,
+         "mae_interval": [2.0, 4.0], "bias": 1.5},
+    ],
+    "calibration": {"ece": 0.021},
+    "conformal": {"constants": {"years": 1.0}, "covered": 0.91, "width": 25.0},
+    "trained_on": {"same_data": True},
+    "environment": {"command": "coatnet-jax evaluate /home/me/runs", "git_revision": "abc"},
+    "run": "/home/me/runs/a",
+    "data": "/home/me/data/utkface",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A fine-tuning run's folder without its checkpoints, pre-trained by another."""
+    pretrain, run = tmp_path / "pretrain", tmp_path / "run"
+    for folder, spec in ((pretrain, "pretrain:atto"), (run, "finetune:atto")):
+        folder.mkdir()
+        config = load_config(spec)
+        config.data.root = "/home/me/data"
+        if folder == run:
+            config.init_from = str(pretrain)
+        (folder / "config.json").write_text(config.to_json())
+    told = {"parameters": 400_000, "data_fingerprint": "f" * 64, "git_revision": "abc"}
+    told |= {"devices": ["cpu cpu"], "wall_seconds": 120.0, "command": "train /home/me"}
+    (run / "run.json").write_text(json.dumps(told))
+    return run
+
+
+@pytest.fixture
+def variables():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    return {
+        "params": {"backbone": {"stem": {"kernel": draw(3, 3)}}, "age": {"bias": draw(5)}},
+        "batch_stats": {"backbone": {"stem": {"mean": draw(3)}}},
+    }
+
+
+def test_weights_come_back_rounded_to_bfloat16(tmp_path, variables):
+    release_weights.save_weights(tmp_path / release_weights.FILE, variables, step=7)
+    for which in ("best", "latest", "7"):
+        loaded, step = load_variables(tmp_path, which=which)
+        assert step == 7
+    expected = {
+        "params": jax.tree.map(
+            lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), variables["params"]
+        ),
+        "batch_stats": variables["batch_stats"],
+    }
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    assert loaded["params"]["age"]["bias"].dtype == np.float32
+    with pytest.raises(ValueError, match="it holds step 7 alone"):
+        load_variables(tmp_path, which="3")
+
+
+def test_files_that_are_no_release_are_refused(tmp_path, variables):
+    path = tmp_path / release_weights.FILE
+    save_file({"x": np.zeros(3)}, path)
+    with pytest.raises(ValueError, match="not written by coatnet-jax release"):
+        load_variables(tmp_path)
+    path.write_bytes(b"\x00" * 20)
+    with pytest.raises(ValueError, match="neither .safetensors nor"):
+        load_variables(tmp_path)
+
+
+def test_release_holds_no_path_of_the_machine(run_dir, variables, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def evaluated(folder, data, **options):
+        assert (folder, data) == (out, "data")
+        assert load_variables(folder)[1] == 9  # what is measured is what was written
+        return METRICS
+
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=evaluated))
+    release.write_release(run_dir, "data", out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "MODEL_CARD.md", "config.json", "evaluation.json", "run.json", "weights.safetensors",
+    ]  # fmt: skip
+    for path in out.iterdir():
+        assert b"/home/me" not in path.read_bytes(), path.name
+    assert read_config(out / "config.json").model.name == "coatnet_atto"
+    run = json.loads((out / "run.json").read_text())
+    assert run["pretraining"] == {"method": "simclr", "epochs": 100.0, "image_size": 112}
+    assert "after simclr pre-training (100 epochs" in (out / "MODEL_CARD.md").read_text()
+
+
+def test_a_pretraining_is_not_released(tmp_path, run_dir, variables, monkeypatch):
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    with pytest.raises(ValueError, match="is a pretrain run without an age head"):
+        release.write_release(run_dir.parent / "pretrain", tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_card_says_results_by_group_terms_and_use():
+    run = {"parameters": 3_600_000, "data_fingerprint": "f" * 64, "git_revision": "abc"}
+    run |= {"devices": ["cpu cpu"], "wall_seconds": 120.0}
+    config = load_config("finetune:micro")
+    wild = METRICS | {"data_name": "wild", "split": "all", "images": 1774, "mae": 8.75}
+    card = release_card(config, run, METRICS, [wild])
+    for text in (
+        "from random weights",
+        "| mean absolute error, years | 6.50 | 6.00-7.00 | 15.00 |",
+        "| 0–9 | 9 | 3.25 (2.00-4.00) | +1.50 |",
+        "hold 91.0 % of the ages and are 25.0 years wide",
+        "| wild, all | 1,774 | 8.75 | 75.0 % | 91.0 % |",
+        "non-commercial research",
+        "Do not use it to decide anything about a person",
+    ):
+        assert text in card, text
+    assert "9.99" not in card  # crossings are in evaluation.json
+
+
+def test_without_a_run_the_packaged_model_predicts(run_dir, tmp_path):
+    photo = tmp_path / "a.jpg"
+    assert predict.split_run([run_dir, photo]) == (run_dir, [photo])
+    assert predict.split_run([photo]) == (release_weights.PACKAGED, [photo])
+    assert predict.split_run([tmp_path, photo]) == (release_weights.PACKAGED, [tmp_path, photo])
