@@ -1,0 +1,77 @@
+"""The test split of UTKFace: our run against the dlib package, on the same crops.
+
+    python benchmarks/test_split.py runs/finetune        # after coatnet-jax evaluate runs/finetune
+
+Ours are the ages of `RUN/evaluate/test/predictions.csv`. The peer looks for the face in each crop,
+as it would in a photo, and takes the whole crop where it finds none; what it was trained on is not
+told, so some of these faces may have been among that. `dlib_package.py` says how it is installed.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+from dlib_package import load
+from wild_photos import scored
+
+from coatnet_jax.bootstrap import paired_difference
+from coatnet_jax.logs import environment
+from coatnet_jax.pages import markdown_table, write_json
+from coatnet_jax.paths import data_folder
+from input_pipeline.pipeline import decode_once, open_split
+
+SIDE = 200  # px of UTKFace's crops
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN")
+    parser.add_argument("--root", default="", help="folder for built data")
+    parser.add_argument("--name", default="utkface", help="prepared data set")
+    parser.add_argument("--limit", type=int, default=10**9, help="faces, evenly picked")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    arguments = parser.parse_args()
+    evaluated = arguments.run_dir / "evaluate" / "test"
+    constant = json.loads((evaluated / "metrics.json").read_text())["baseline"]["median_age"]
+    with (evaluated / "predictions.csv").open(newline="", encoding="utf-8") as lines:
+        ours = {row["file"]: row for row in csv.DictReader(lines)}
+    faces = open_split(data_folder(arguments.name, arguments.root), "test")
+    pixels = decode_once(faces, SIDE).pixels
+    rows = np.arange(len(faces))[:: max(1, len(faces) // arguments.limit)]
+    photo, crop = load()
+    theirs, unfound = [], 0
+    for number, row in enumerate(rows):
+        found = photo(pixels[row])
+        unfound += not found
+        theirs.append(max(found, key=lambda face: face[1])[0] if found else crop(pixels[row]))
+        if number % 500 == 0:
+            print(f"dlib: {number} of {len(rows)} faces", flush=True)
+    age = faces.labels["age"][rows]
+    mine = [ours[file] for file in faces.labels["file"][rows]]
+    sides = {
+        "ours": {"age": np.array([float(row["predicted"]) for row in mine])},
+        "dlib": {"age": np.array(theirs, float)},
+        "constant": {"age": np.full(len(rows), constant)},
+    }
+    sides["ours"] |= {end: np.array([float(row[end]) for row in mine]) for end in ("low", "high")}
+    every = np.ones(len(rows), bool)
+    table = [scored(name, side, age, every) for name, side in sides.items()]
+    errors = [np.abs(sides[name]["age"] - age) for name in ("dlib", "ours")]
+    difference = paired_difference(*errors)
+    low, high = difference["interval"]
+    print(markdown_table(table))
+    print(
+        f"\nours less dlib's: {difference['difference']:+.2f} years (95 % paired bootstrap "
+        f"{low:+.2f} to {high:+.2f}); dlib found no face in {unfound} crops"
+    )
+    if arguments.out:
+        result = {"scores": table, "difference": difference, "unfound": unfound}
+        write_json(arguments.out, result | {"environment": environment()})
+
+
+if __name__ == "__main__":
+    main()
