@@ -15,7 +15,7 @@ import csv
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +82,19 @@ def labelled_photos(tar: Path, labels: Path, limit: int) -> tuple[list[bytes], n
     """(the files of the photos with an age, their ages)."""
     with labels.open(newline="", encoding="utf-8") as lines:
         ages = {row["file"]: int(row["age"]) for row in csv.DictReader(lines)}
+    found = picked_photos(tar, limit, among=ages)
+    return [data for _, data in found], np.array([ages[name] for name, _ in found])
+
+
+def picked_photos(
+    tar: Path, limit: int, *, among: Collection[str] | None = None
+) -> list[tuple[str, bytes]]:
+    """(name, file) of at most `limit` photos of a tar, evenly picked."""
     with tarfile.open(tar) as archive:
         members = sorted((m for m in archive if m.isfile()), key=lambda m: m.name)
-        members = [m for m in members if Path(m.name).name in ages]
+        members = [m for m in members if among is None or Path(m.name).name in among]
         members = members[:: max(1, len(members) // limit)][:limit]
-        photos = [archive.extractfile(m).read() for m in members]
-    return photos, np.array([ages[Path(m.name).name] for m in members])
+        return [(Path(m.name).name, archive.extractfile(m).read()) for m in members]
 
 
 def ours(photos: list[bytes], run_dir: Path) -> Found:
