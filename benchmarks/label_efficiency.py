@@ -30,8 +30,9 @@ from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.bootstrap import paired_difference
 from coatnet_jax.config import load_config
 from coatnet_jax.pages import markdown_table, write_json
+from coatnet_jax.palette import BLUE, MUTED
 from coatnet_jax.paths import data_folder, home
-from coatnet_jax.plots import BLUE, MUTED, STYLE, save_figure
+from coatnet_jax.plots import STYLE, save_figure
 from coatnet_jax.stage import Setting, make_schedule
 from input_pipeline.pipeline import Faces
 

@@ -18,8 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from coatnet_jax.baselines.vit import adapt_positions
 from coatnet_jax.coatnet import adapt_relative_bias
-from coatnet_jax.release_weights import FILE as RELEASED
-from coatnet_jax.release_weights import load_weights
+from coatnet_jax.release_weights import is_released, load_released
 from coatnet_jax.train_state import TrainState
 
 FOLDER = "checkpoints"
@@ -119,11 +118,8 @@ def load_variables(run_dir: Path, *, which: str = "best") -> tuple[dict[str, Any
     `which`.
     """
     run_dir = Path(run_dir)
-    if (run_dir / RELEASED).is_file():
-        variables, step = load_weights(run_dir)
-        if which not in ("best", "latest", str(step)):
-            raise ValueError(f"no checkpoint {which!r} in {run_dir}: it holds step {step} alone")
-        return variables, step
+    if is_released(run_dir):
+        return load_released(run_dir, which=which)
     if not (run_dir / FOLDER).is_dir():
         what = f"it has no folder {FOLDER}" if run_dir.is_dir() else "there is no such folder"
         raise FileNotFoundError(

@@ -11,7 +11,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from coatnet_jax.metrics import nearest_rows
-from coatnet_jax.plots import MUTED, PANEL, STYLE, save_figure
+from coatnet_jax.palette import MUTED, PANEL
+from coatnet_jax.plots import STYLE, save_figure
 from input_pipeline.images import decode_image
 from input_pipeline.pipeline import Faces
 

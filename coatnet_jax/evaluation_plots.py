@@ -11,19 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from coatnet_jax.ages import CLASS_NAMES, age_class
-from coatnet_jax.plots import (
-    BLUE,
-    GREY,
-    INK,
-    MUTED,
-    ORANGE,
-    RED,
-    SKY,
-    STYLE,
-    captioned,
-    contact_sheet,
-    save_figure,
-)
+from coatnet_jax.palette import BLUE, GREY, INK, MUTED, ORANGE, RED, SKY
+from coatnet_jax.pictures import captioned, contact_sheet
+from coatnet_jax.plots import STYLE, save_figure
 from input_pipeline.pipeline import Faces, decode_image
 
 WORST = 12  # faces on the sheet of the largest errors

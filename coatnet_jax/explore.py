@@ -16,7 +16,7 @@ from coatnet_jax import explore_plots as draw
 from coatnet_jax.ages import CLASS_NAMES, age_class
 from coatnet_jax.logs import duration
 from coatnet_jax.pages import percent, write_csv, write_report
-from coatnet_jax.plots import GENDER_NAMES, RACE_NAMES
+from coatnet_jax.palette import GENDER_NAMES, RACE_NAMES
 from coatnet_jax.report import LOCAL
 from coatnet_jax.terms import data_terms
 from input_pipeline.groups import copy_groups, members

@@ -16,9 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
 from coatnet_jax.ages import CLASS_NAMES, age_class
-from coatnet_jax.plots import (
+from coatnet_jax.palette import (
     BLUE,
-    BLUES,
     CLASS_COLOURS,
     GENDER_COLOURS,
     GENDER_NAMES,
@@ -31,12 +30,9 @@ from coatnet_jax.plots import (
     RACE_COLOURS,
     RACE_NAMES,
     SKY,
-    STYLE,
-    label_font,
-    save_figure,
-    save_image,
-    shortened,
 )
+from coatnet_jax.pictures import label_font, save_image, shortened
+from coatnet_jax.plots import BLUES, STYLE, save_figure
 
 SPLIT_COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 OTHER_COLOURS = (PINK, SKY, GREY)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from coatnet_jax.bootstrap import RESAMPLES, resampled_means
-from coatnet_jax.plots import GENDER_NAMES, RACE_NAMES
+from coatnet_jax.palette import GENDER_NAMES, RACE_NAMES
 
 MINIMUM = 20  # faces; below, a group is shown and marked as too small to judge
 BANDS = tuple((start, min(start + 9, 116)) for start in range(0, 120, 10))

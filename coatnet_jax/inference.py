@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,19 @@ from jaxtyping import Array, Float, UInt8
 
 from coatnet_jax.age_losses import get_age_loss
 from coatnet_jax.augment import IMAGE_MEAN, IMAGE_STD, eval_view
-from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.config import read_config
 from coatnet_jax.heads import AgeModel
 from coatnet_jax.import_timm import classifier
 from coatnet_jax.models import create_backbone
 from coatnet_jax.optim import first_trained_stage
+from coatnet_jax.release_weights import is_released, load_released
 from coatnet_jax.sharding import gather, make_mesh, replicate, split_over
 from coatnet_jax.ssl.methods import create_siamese
 from coatnet_jax.train_state import init_variables
 from input_pipeline.face_crops import GEOMETRIES, Geometry
-from input_pipeline.pipeline import Faces, eval_loader
+
+if TYPE_CHECKING:
+    from input_pipeline.pipeline import Faces
 
 
 def build_model(config: ml_collections.ConfigDict) -> nn.Module:
@@ -114,12 +116,15 @@ def apply_in_batches(
 
 
 def predict_split(
-    run: "Run", faces: Faces, fn: Callable, batch_size: int
+    run: "Run", faces: "Faces", fn: Callable, batch_size: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(`fn(images)` of every face in order [n, …], the faces' age, gender, race and index [n]).
 
     `fn` is `run.features` or `run.probabilities`; it sees batches of one shape.
     """
+    # Imported here: Grain and TFDS take longer to import than a photo's face to find.
+    from input_pipeline.pipeline import eval_loader
+
     outputs, labels = [], []
     for batch in eval_loader(faces, batch_size=batch_size, image_size=run.source_size):
         real = batch["weight"] > 0
@@ -239,7 +244,13 @@ def load_run(run_dir: Path, *, which: str = "best", batch_size: int = 256) -> Ru
     Raises FileNotFoundError or ValueError in one line where the folder holds no such run.
     """
     run_dir = Path(run_dir)
-    variables, step = load_variables(run_dir, which=which)
+    if is_released(run_dir):
+        variables, step = load_released(run_dir, which=which)
+    else:
+        # Imported here: Orbax takes longer to import than a released model to load.
+        from coatnet_jax.checkpoint import load_variables
+
+        variables, step = load_variables(run_dir, which=which)
     config = read_config(run_dir / "config.json")
     mesh = make_mesh()
     return Run(config, replicate(variables, mesh), mesh, run_dir, step, batch_size)

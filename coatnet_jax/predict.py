@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from coatnet_jax import plots
+from coatnet_jax import pictures
 from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, get_decoder
 from coatnet_jax.conformal import conformal_interval, posterior_interval, read_constants
 from coatnet_jax.inference import Run, load_run
@@ -356,15 +356,15 @@ def write_pictures(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for (path, found), name in zip(by_file.items(), _names(list(by_file)), strict=True):
         image = read_photo(path)
         if found[0]["look"].geometry:
-            picture = plots.boxed(image, [_box(row) for row in found])
+            picture = pictures.boxed(image, [_box(row) for row in found])
         else:
             side = int(np.clip(min(image.shape[:2]), 256, 640))
             picture = _annotated(centre_square(image, side), found[0])
-        plots.save_image(out / "annotated" / f"{name}.jpg", picture)
+        pictures.save_image(out / "annotated" / f"{name}.jpg", picture)
         for row in found[: ON_SHEET - len(tiles)]:
             number = f" ({row['face']} of {row['faces']})" if row["faces"] > 1 else ""
             tiles.append(_annotated(row["look"].crop(image, 256), row, path.name + number))
-    plots.contact_sheet(out / "predictions.png", tiles)
+    pictures.contact_sheet(out / "predictions.png", tiles)
 
 
 def _box(row: Mapping[str, Any]) -> tuple[np.ndarray, str, int]:
@@ -375,7 +375,7 @@ def _box(row: Mapping[str, Any]) -> tuple[np.ndarray, str, int]:
 
 
 def _annotated(image: UInt8[np.ndarray, "s s 3"], row: Mapping[str, Any], caption: str = ""):
-    return plots.annotated(
+    return pictures.annotated(
         image,
         age=row["age"],
         low=row["low"],

@@ -15,7 +15,7 @@ from coatnet_jax.distributed import is_main
 from coatnet_jax.heads import SiameseModel
 from coatnet_jax.inference import Run, build_model, image_format, normalisation
 from coatnet_jax.metrics import knn_mae, mae
-from coatnet_jax.plots import contact_sheet
+from coatnet_jax.pictures import contact_sheet
 from coatnet_jax.probe import probe_age
 from coatnet_jax.ssl.method import Method
 from coatnet_jax.ssl.methods import create_method

@@ -24,12 +24,23 @@ def save_weights(path: Path, variables: Mapping[str, Any], *, step: int) -> None
     write_weights(path, arrays, metadata={"step": str(step)})
 
 
-def load_weights(folder: Path) -> tuple[dict[str, Any], int]:
+def is_released(folder: Path) -> bool:
+    """Whether the folder holds released weights rather than checkpoints."""
+    return (Path(folder) / FILE).is_file()
+
+
+def load_released(folder: Path, *, which: str = "best") -> tuple[dict[str, Any], int]:
     """({'params', 'batch_stats'} in float32, step of the run) of a released folder.
 
-    Raises ValueError where the file is damaged or not one of ours.
+    Raises ValueError where the file is damaged or not one of ours, or `which` is another step.
     """
-    path = Path(folder) / FILE
+    variables, step = _read(Path(folder) / FILE)
+    if which not in ("best", "latest", str(step)):
+        raise ValueError(f"no checkpoint {which!r} in {folder}: it holds step {step} alone")
+    return variables, step
+
+
+def _read(path: Path) -> tuple[dict[str, Any], int]:
     arrays, metadata = read_weights(path), read_metadata(path)
     tree = unflatten_dict({k: np.asarray(v, np.float32) for k, v in arrays.items()}, sep="/")
     if "params" not in tree or not metadata.get("step", "").isdigit():

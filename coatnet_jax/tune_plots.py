@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from coatnet_jax.plots import BLUE, INK, MUTED, RED, STYLE, save_figure
+from coatnet_jax.palette import BLUE, INK, MUTED, RED
+from coatnet_jax.plots import STYLE, save_figure
 
 Row = Mapping[str, Any]
 STATES = {"complete": True, "pruned": False}  # of a search's trials: drawn filled or not

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from coatnet_jax.groups import group_table, unknown_counts
-from coatnet_jax.plots import GENDER_NAMES, RACE_NAMES
+from coatnet_jax.palette import GENDER_NAMES, RACE_NAMES
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coatnet_jax import embed, evaluate, pages, plots, report
+from coatnet_jax import embed, evaluate, pages, pictures, plots, report
 
 ROWS = [{"name": "a", "years": 5.123, "n": 12345}, {"name": "b|<b>", "years": None, "n": 0}]
 
 
 @pytest.fixture
 def figure(tmp_path):
-    return plots.save_image(tmp_path / "figures/my figure.png", np.full((30, 60, 3), 99, np.uint8))
+    return pictures.save_image(
+        tmp_path / "figures/my figure.png", np.full((30, 60, 3), 99, np.uint8)
+    )
 
 
 def test_html_inlines_every_picture_and_links_to_nothing(tmp_path, figure):
@@ -45,7 +47,7 @@ def test_html_inlines_every_picture_and_links_to_nothing(tmp_path, figure):
 
 def test_large_photos_are_packed_as_jpeg(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
-    path = plots.save_image(tmp_path / "noise.png", noise)
+    path = pictures.save_image(tmp_path / "noise.png", noise)
     kind, data, width, height = pages._picture(path)
     assert (kind, width, height) == ("jpeg", 700, 700)
     assert len(data) < path.stat().st_size
@@ -137,9 +139,9 @@ def write_demo(folder, *, name="drawn"):
     evaluate.write_results(
         folder / "finetune/evaluate/test", result, p, age, np.array(["a.jpg"] * 60)
     )
-    tile = plots.annotated(np.zeros((256, 256, 3), np.uint8), age=30, low=20, high=40,
+    tile = pictures.annotated(np.zeros((256, 256, 3), np.uint8), age=30, low=20, high=40,
                            probabilities=[0.1, 0.7, 0.1, 0.1], chosen=1)  # fmt: skip
-    plots.contact_sheet(folder / "predictions/predictions.png", [tile] * 3)
+    pictures.contact_sheet(folder / "predictions/predictions.png", [tile] * 3)
     return folder
 
 
@@ -221,7 +223,7 @@ def test_running_median_is_that_of_the_faces_around_each_year():
 
 def test_annotated_picture_keeps_the_pixels_above_its_band():
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-    sheet = plots.annotated(image, age=17.5, low=3, high=44, probabilities=[0.5, 0.5, 0, 0],
+    sheet = pictures.annotated(image, age=17.5, low=3, high=44, probabilities=[0.5, 0.5, 0, 0],
                             chosen=1, caption="a very long name of a file " * 9)  # fmt: skip
     np.testing.assert_array_equal(sheet[:256], image)
     assert sheet.shape[1:] == (256, 3) and sheet.shape[0] > 330
@@ -229,6 +231,6 @@ def test_annotated_picture_keeps_the_pixels_above_its_band():
 
 def test_contact_sheet_holds_every_tile(tmp_path):
     tiles = [np.full((40, 30, 3), 10 * i, np.uint8) for i in range(1, 8)]
-    sheet = np.asarray(Image.open(plots.contact_sheet(tmp_path / "s.png", tiles, columns=3)))
+    sheet = np.asarray(Image.open(pictures.contact_sheet(tmp_path / "s.png", tiles, columns=3)))
     for i in range(1, 8):
         assert np.sum(np.all(sheet == 10 * i, axis=-1)) == 40 * 30
