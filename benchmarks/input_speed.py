@@ -25,6 +25,7 @@ from functools import partial
 import cv2
 import numpy as np
 
+from coatnet_jax.allocator import keep_freed_memory
 from input_pipeline.pipeline import decode_once, open_split, train_loader
 
 CORES = len(os.sched_getaffinity(0))
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=4000)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     faces = open_split(arguments.data, "train")
     n = min(arguments.images, len(faces))
     files = list(
