@@ -159,12 +159,7 @@ def spread_over_ages(faces: Faces, count: int) -> Faces:
     """`count` of the faces, evenly spaced in the order of their ages."""
     order = np.argsort(faces.labels["age"], kind="stable")
     rows = np.sort(order[np.linspace(0, len(order) - 1, count).round().astype(int)])
-    return replace(
-        faces,
-        labels={name: values[rows] for name, values in faces.labels.items()},
-        records=faces.records[rows],
-        pixels=None if faces.pixels is None else faces.pixels[rows],
-    )
+    return faces.take(rows)
 
 
 def by_heart_verdict(

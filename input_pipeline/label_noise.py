@@ -68,8 +68,7 @@ def _without(faces: Faces, rows: list[int]) -> Faces:
     kept = np.delete(np.arange(len(faces)), rows)
     if not len(kept):
         raise ValueError(f"every face of the split {faces.split} has a copy of another age")
-    labels = {name: values[kept] for name, values in faces.labels.items()}
-    return replace(faces, labels=labels, records=faces.records[kept])
+    return faces.take(kept)
 
 
 def write_account(path: Path, account: list[dict[str, str]], how: str) -> None:

@@ -65,6 +65,16 @@ class Faces:
         row = {name: self.labels[name][i].item() for name in ("age", "gender", "race", "file")}
         return {"image": self.read_images([i])[0], "index": i} | row
 
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Faces":
+        """Returns these rows alone, in this order."""
+        return replace(
+            self,
+            labels={name: values[rows] for name, values in self.labels.items()},
+            records=self.records[rows],
+            pixels=None if self.pixels is None else self.pixels[rows],
+            files=None if self.files is None else [self.files[row] for row in rows],
+        )
+
     def read_images(self, rows: Sequence[int]) -> list[bytes | memoryview]:
         """Returns the image files of these rows."""
         if self.files is not None:

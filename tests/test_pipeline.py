@@ -1,6 +1,7 @@
 """The batch stream: complete, reshuffled, the same for any workers and processes, and resumable."""
 
 from collections import Counter
+from dataclasses import replace
 
 import cv2
 import grain
@@ -163,6 +164,17 @@ def test_files_held_in_memory_give_the_same_batches(faces, monkeypatch):
         np.testing.assert_array_equal(a["index"], b["index"])
     assert sum(read) >= 5 * 8  # batches read as they came
     assert faces.files is None
+
+
+def test_rows_taken_are_the_same_faces_wherever_they_are_held(faces):
+    rows = [5, 0, 3]
+    held = replace(
+        decode_once(faces, 32), files=[memoryview(f) for f in faces.read_images(range(len(faces)))]
+    )
+    for some in (faces.take(rows), held.take(np.array(rows))):
+        assert [some[i]["file"] for i in range(3)] == [faces[row]["file"] for row in rows]
+        assert [bytes(some[i]["image"]) for i in range(3)] == [faces[row]["image"] for row in rows]
+    np.testing.assert_array_equal(held.take(rows).pixels, held.pixels[rows])
 
 
 def test_batches_without_images_have_the_same_rows(faces):
