@@ -27,8 +27,9 @@ def widening(
 ) -> float:
     """Years by which the central interval of the posterior has to be widened; below 0, narrowed.
 
-    The ceil((n + 1) level)-th smallest of max(low - age, age - high). Raises ValueError when the
-    faces are too few for the level.
+    The ceil((n + 1) level)-th smallest of max(low - age, age - high). An end at 0 or 116 years
+    stays there, so nobody lies beyond it: without that, infants would share one score, and
+    coverage would jump past the level. Raises ValueError when the faces are too few for it.
     """
     n = len(age)
     rank = math.ceil((n + 1) * level - 1e-9)
@@ -36,7 +37,9 @@ def widening(
         need = math.ceil(level / (1 - level) - 1e-9)
         raise ValueError(f"{n} faces cannot calibrate {100 * level:.0f} %: it takes {need} or more")
     low, high = age_quantile(p, (1 - level) / 2), age_quantile(p, (1 + level) / 2)
-    return float(np.sort(np.maximum(low - age, age - high))[rank - 1])
+    below = np.where(low > 0, low - age, -np.inf)
+    above = np.where(high < N_AGES - 1, age - high, -np.inf)
+    return max(float(np.sort(np.maximum(below, above))[rank - 1]), -float(N_AGES))
 
 
 def conformal_interval(
@@ -44,12 +47,13 @@ def conformal_interval(
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """(low, high) in years: the posterior's central interval, `years` wider at both ends.
 
-    Held to 0-116, and always holding the answer itself (the age that `decode` reads); neither can
-    lose coverage.
+    Held to 0-116, where an end that is there already stays, and always holding the answer itself
+    (the age that `decode` reads); neither can lose coverage.
     """
     answer = get_decoder(decode)(np.asarray(p, np.float64))
-    low = age_quantile(p, (1 - level) / 2) - years
-    high = age_quantile(p, (1 + level) / 2) + years
+    low, high = posterior_interval(p, level=level)
+    low = np.where(low > 0, low - years, low)
+    high = np.where(high < N_AGES - 1, high + years, high)
     low, high = (np.clip(end, 0, N_AGES - 1) for end in (low, high))
     return np.minimum(low, answer), np.maximum(high, answer)
 

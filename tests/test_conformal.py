@@ -36,6 +36,19 @@ def test_coverage_keeps_its_promise_however_wrong_the_posterior(sigma):
     assert (raw < 0.5) if sigma == 1 else (raw > 0.97) if sigma == 20 else True
 
 
+def test_many_faces_of_one_age_at_the_lower_end_do_not_widen_the_others():
+    """A fifth are one year old, with intervals that start at 0; the others' are too wide."""
+    rng = np.random.default_rng(0)
+    p, age = faces(4000, rng, sigma=20.0)
+    infants = rng.random(4000) < 0.2
+    p[infants], age[infants] = np.eye(117)[0] * 0.8 + np.eye(117)[60] * 0.2, 1
+    years = conformal.widening(p[:2000], age[:2000])
+    low, high = conformal.conformal_interval(p[2000:], years)
+    inside = (low <= age[2000:]) & (age[2000:] <= high)
+    assert 0.88 < inside.mean() < 0.92
+    assert np.all(low[infants[2000:]] == 0)
+
+
 def test_widening_is_the_ranked_score_of_a_loop():
     p, age = faces(57, np.random.default_rng(3), sigma=4.0)
     scores = []
