@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 DTYPES = {
     "DoubleStorage": np.float64,
@@ -62,7 +62,8 @@ def write_weights(
     path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str]
 ) -> None:
     """Write a .safetensors file of named arrays, with a few words about them."""
-    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path, dict(metadata))
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    path.write_bytes(save(contiguous, dict(metadata)))  # others may read it; `save_file` forbids it
 
 
 def read_metadata(path: Path) -> dict[str, str]:

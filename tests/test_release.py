@@ -7,6 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from coatnet_jax import predict, release, release_weights
@@ -111,7 +112,8 @@ def test_release_holds_no_path_of_the_machine(run_dir, variables, tmp_path, monk
         "MODEL_CARD.md", "config.json", "evaluation.json", "run.json", "weights.safetensors",
     ]  # fmt: skip
     for path in out.iterdir():
-        assert b"/home/me" not in path.read_bytes(), path.name
+        for private in ("/home/me", str(tmp_path)):
+            assert private.encode() not in path.read_bytes(), path.name
     assert read_config(out / "config.json").model.name == "coatnet_atto"
     run = json.loads((out / "run.json").read_text())
     assert run["pretraining"] == {"method": "simclr", "epochs": 100.0, "image_size": 112}
@@ -142,6 +144,17 @@ def test_card_says_results_by_group_terms_and_use():
     ):
         assert text in card, text
     assert "9.99" not in card  # crossings are in evaluation.json
+
+
+def test_the_packaged_model_is_small_and_answers(tmp_path, capsys):
+    assert (release_weights.PACKAGED / release_weights.FILE).stat().st_size <= 12e6
+    card = (release_weights.PACKAGED / "MODEL_CARD.md").read_text()
+    assert "non-commercial research" in card and "## Limits" in card
+    crop = tmp_path / "a.png"
+    Image.fromarray(np.full((120, 120, 3), 128, np.uint8)).save(crop)
+    (row,) = predict.run(release_weights.PACKAGED, [crop], out=tmp_path / "out")
+    assert row["interval"] == "conformal"
+    assert 0 <= row["low"] <= row["age"] <= row["high"] <= 116
 
 
 def test_without_a_run_the_packaged_model_predicts(run_dir, tmp_path):
