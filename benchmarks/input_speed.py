@@ -7,9 +7,9 @@ The task is two-view SimCLR input. torch's DataLoader (PIL, torchvision's transf
 each core) and tf.data (its ops, parallel map; no blur, for it has none) make both views on the
 host, as is usual there. Ours hands uint8 images of their own size to the device, which makes the
 views within the jitted step: rows without views say what reaches the step, the last rows what
-remains where that device is this CPU itself. `limit` is what OpenCV decodes on all cores, the
-files in memory, nothing else done. All start from the same JPEG files; medians over interleaved
-rounds.
+remains where that device is this CPU itself. `limit` is what OpenCV decodes to RGB on all cores,
+the files in memory, nothing else done. All start from the same JPEG files; medians over
+interleaved rounds.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def decode_limit(files: list[bytes]) -> float:
 
 def _decode_chunk(buffers) -> None:
     for buffer in buffers:
-        cv2.imdecode(buffer, cv2.IMREAD_COLOR)
+        cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
 
 
 def decode_once_rate(faces, size: int) -> float:

@@ -47,7 +47,8 @@ def write_release(run_dir: Path, data_folder: Path, out: Path) -> dict[str, Any]
     report = run_dir / "released"
     result = evaluate.run(out, data_folder, out=report, show_faces=False)
     measured = {key: value for key, value in result.items() if key not in ("run", "data")}
-    measured["environment"] = {**result["environment"], "command": f"coatnet-jax release {run_dir.name}"}
+    command = f"coatnet-jax release {run_dir.name}"
+    measured["environment"] = {**result["environment"], "command": command}
     write_json(out / "evaluation.json", measured)
     card = release_card(config, run, measured, _other_sets(run_dir))
     (out / "MODEL_CARD.md").write_text(card, encoding="utf-8")

@@ -49,6 +49,8 @@ def decode_image(data: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
 def centre_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
     """Returns the centre square of a picture, shrunk by area or grown by cubics to `size`."""
     h, w, _ = pixels.shape
+    if h == w == size:
+        return pixels
     side = min(h, w)
     top, left = (h - side) // 2, (w - side) // 2
     pixels = pixels[top : top + side, left : left + side]
