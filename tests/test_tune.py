@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from coatnet_jax import (
-    coatnet,
     finetune,
     inference,
     loop,
@@ -39,17 +38,15 @@ AGES = np.array([0, 1, 8, 26, 26, 57, 90, 116])
 
 @pytest.fixture(scope="module")
 def quick_compiles(compiled_once):
-    """A very small model on one device, compiled once."""
+    """One device, and what is compiled is compiled once."""
     with pytest.MonkeyPatch.context() as patch:
-        small = coatnet.CoAtNetConfig((8, 8, 16, 32, 32), (1, 1, 1, 1, 1))
-        patch.setitem(coatnet.VARIANTS, "coatnet_atto", small)
         for user in (stage, inference):
             patch.setattr(user, "make_mesh", partial(sharding.make_mesh, 1))
         yield
 
 
 def flags(root, workdir) -> list[str]:
-    words = ["--config=finetune:atto,drawn,tiny", f"--config.data.root={root}"]
+    words = ["--config=finetune:simple_cnn,drawn,tiny", f"--config.data.root={root}"]
     words += ["--config.batch_size=16", "--config.model.image_size=32"]
     return [*words, f"--workdir={workdir}"]
 
@@ -324,7 +321,7 @@ def test_short_run_is_what_finetune_does_with_the_same_numbers(tuned, tmp_path):
 
 
 def test_by_heart_uses_few_faces_over_all_ages_and_no_augmentation(quick_compiles, drawn_root):
-    config = load_config("finetune:atto,drawn,tiny")
+    config = load_config("finetune:simple_cnn,drawn,tiny")
     config.data.root, config.batch_size = str(drawn_root), 32
     setting = finetune.open_finetuning(config, Path("none"))
     few = tune_checks.by_heart(setting, faces=16, steps=10, warmup=0.1)
