@@ -34,7 +34,7 @@ from coatnet_jax.palette import BLUE, MUTED
 from coatnet_jax.paths import data_folder, home
 from coatnet_jax.plots import STYLE, save_figure
 from coatnet_jax.stage import Setting, make_schedule
-from input_pipeline.pipeline import Faces
+from input_pipeline.pipeline import Faces, open_split
 
 SIDES = {"scratch": ("from scratch", MUTED), "pretrained": ("pre-trained", BLUE)}
 EVALUATIONS = 4  # of a run: as many checkpoints to take the best of
@@ -96,6 +96,7 @@ def few_labels(
     arguments: argparse.Namespace, side: str, percent: float, seed: int, workdir: Path
 ) -> Setting:
     """The setting of one run."""
+    folder = data_folder(arguments.name, arguments.root)
     config = load_config(f"finetune:{arguments.model},cpu")
     config.seed, config.batch_size, config.optim.lr = seed, arguments.batch_size, arguments.lr
     config.data.root, config.data.name, config.data.cache = arguments.root, arguments.name, "host"
@@ -105,19 +106,26 @@ def few_labels(
     config.optim.layer_decay = 1.0
     if side == "pretrained":
         config.init_from, config.optim.layer_decay = arguments.pretrained, arguments.layer_decay
-    setting = finetune.open_finetuning(config, workdir)
-    few = labelled_share(setting.train_faces, percent / 100, seed=seed)
-    config.epochs = arguments.steps * config.batch_size / len(few)
+    # Before the stage is opened: it compares the config with the one that a stopped run began with.
+    count = labelled_count(open_split(folder, "train", splits=config.data.splits), percent / 100)
+    config.epochs = arguments.steps * config.batch_size / count
     config.optim.warmup_epochs = config.epochs / 8
     config.monitor.every_epochs = config.epochs / EVALUATIONS
+    setting = finetune.open_finetuning(config, workdir)
+    few = labelled_share(setting.train_faces, percent / 100, seed=seed)
     return replace(setting, train_faces=few, schedule=make_schedule(config, faces=len(few)))
+
+
+def labelled_count(faces: Faces, share: float) -> int:
+    """How many of the faces that share is, at least one."""
+    return max(1, round(share * len(faces)))
 
 
 def labelled_share(faces: Faces, share: float, *, seed: int) -> Faces:
     """That share of the faces, as evenly over the ages as can be, drawn by the seed."""
     rng = np.random.default_rng(seed)
     by_age = np.lexsort((rng.random(len(faces)), faces.labels["age"]))
-    count = max(1, round(share * len(faces)))
+    count = labelled_count(faces, share)
     places = (np.arange(count) + rng.random()) * len(faces) / count
     return faces.take(np.sort(by_age[places.astype(int)]))
 
