@@ -1,5 +1,6 @@
 """Whole runs on a few drawn faces: resume, start weights, the command line and its errors."""
 
+import csv
 import json
 import shutil
 import time
@@ -26,6 +27,7 @@ from coatnet_jax import (
 from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.config import load_config
 from coatnet_jax.main import main
+from input_pipeline.images import decode_image
 from input_pipeline.prepare import prepare
 
 
@@ -221,6 +223,27 @@ def test_finished_run_is_left_as_it_is(drawn_root, pretrained):
     assert pretrain.run(tiny("pretrain", drawn_root), pretrained)
     assert (pretrained / "metrics.jsonl").read_text() == before
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_all_training_faces_and_no_others_are_trained_on(kind, drawn_root, tmp_path, monkeypatch):
+    shard_batch, seen = loop.shard_batch, set()
+
+    def watched(batch, mesh):
+        seen.update(image.tobytes() for image in batch["image"])
+        return shard_batch(batch, mesh)
+
+    monkeypatch.setattr(loop, "shard_batch", watched)
+    config = tiny(kind, drawn_root)
+    (pretrain if kind == "pretrain" else finetune).run(config, tmp_path / "run")
+    splits = {"train": set(), "validation": set(), "test": set()}
+    with (drawn_root / "drawn" / "splits" / "default.csv").open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            data = (drawn_root / "pictures" / row["file"]).read_bytes()
+            pixels = decode_image(data, config.data.image_size)
+            splits[row["split"]].add(pixels.tobytes())
+    assert all(len(images) >= 20 for images in splits.values())
+    assert seen == splits["train"]
 
 
 def test_pretraining_draws_its_curves_and_the_views_it_sees(pretrained):
