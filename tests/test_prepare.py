@@ -16,7 +16,13 @@ from PIL import Image
 
 from input_pipeline.agedb.agedb_dataset_builder import Builder as AgeDBBuilder
 from input_pipeline.folder.folder_dataset_builder import Builder as FolderBuilder
-from input_pipeline.images import MAX_PIXELS, decode_checked, decode_image, pixel_hash
+from input_pipeline.images import (
+    MAX_PIXELS,
+    decode_checked,
+    decode_image,
+    decode_into,
+    pixel_hash,
+)
 from input_pipeline.pipeline import open_split
 from input_pipeline.prepare import prepare, read_labels, records_folder, summary
 from input_pipeline.splits import read_splits
@@ -440,3 +446,39 @@ def test_decode_image_crops_the_centre_square_and_resizes():
         assert (image == (10, 100, 200)).all()
     with pytest.raises(ValueError, match="cannot be decoded"):
         decode_image(b"nothing", 16)
+
+
+def odd_files():
+    """Files of 48 px unless the name says otherwise, of all kinds that a batch may meet."""
+    photo = Image.fromarray(picture(7))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: a quarter turn
+    return {
+        "jpeg": jpeg(7),
+        "progressive": encode(photo, "JPEG", progressive=True, subsampling=0),
+        "after a comment": with_comment(jpeg(7)),
+        "grey": encode(photo.convert("L"), "JPEG"),
+        "CMYK": encode(photo.convert("CMYK"), "JPEG"),
+        "turned": encode(photo, "JPEG", exif=turned),
+        "PNG": encode(photo, "PNG"),
+        "32 px": jpeg(7, 32),
+        "64 px": jpeg(7, 64),
+        "96 x 24 px": encode(photo.resize((96, 24)), "JPEG"),
+        "47 x 48 px": encode(photo.resize((47, 48)), "JPEG"),
+        "trailer": jpeg(7) + b"trailer",
+    }
+
+
+@pytest.mark.parametrize("kind", odd_files())
+def test_decoding_into_a_row_gives_the_pixels_of_decode_image(kind):
+    data = odd_files()[kind]
+    batch = np.full((3, 48, 48, 3), 77, np.uint8)
+    decode_into(batch[1], memoryview(data))
+    np.testing.assert_array_equal(batch[1], decode_image(data, 48))
+    assert (batch[[0, 2]] == 77).all()
+
+
+@pytest.mark.parametrize("data", [b"nothing", b"", jpeg(7)[:100]])
+def test_decoding_into_a_row_refuses_what_is_no_image(data):
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode_into(np.empty((48, 48, 3), np.uint8), data)
