@@ -8,14 +8,17 @@ each core) and tf.data (its ops, parallel map; no blur, for it has none) make bo
 host, as is usual there. Ours hands uint8 images of their own size to the device, which makes the
 views within the jitted step: rows without views say what reaches the step, the last rows what
 remains where that device is this CPU itself. `limit` is what libjpeg-turbo decodes to RGB on all
-cores, the files in memory, nothing else done. All start from the same JPEG files; medians over
-interleaved rounds.
+cores, the files in memory, nothing else done. All start from the same JPEG files. Ours, torch and
+tf.data each have a process of their own, so that neither's threads and allocator touch the
+others'; they take turns, and the table shows medians over the rounds.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import io
 import itertools
+import multiprocessing
 import os
 import statistics
 import time
@@ -29,6 +32,7 @@ from input_pipeline.pipeline import decode_once, open_split, train_loader
 
 CORES = len(os.sched_getaffinity(0))
 BATCH = 128
+TORCH = "torch DataLoader + torchvision"
 
 
 def take(make_iterator, batches: int) -> float:
@@ -161,10 +165,12 @@ def tf_loader(files: list[bytes], size: int):
     return iter(data.batch(BATCH).prefetch(tf.data.AUTOTUNE))
 
 
-def contenders(faces, files: list[bytes], size: int, source: int) -> dict:
-    """label -> function that measures images/s once; the peers are left out where not installed."""
+def our_measures(data: str, size: int, source: int, images: int) -> dict:
+    """label -> function that measures images/s of our pipeline, or of the bare decoding, once."""
+    keep_freed_memory()  # as the command line does
+    faces, files = open_split(data, "train"), read_files(data, images)
     held = decode_once(faces, source, progress=None)
-    found = {
+    return {
         "limit: JPEG decode": partial(decode_limit, files),
         "ours, cache none": lambda: take(lambda: our_loader(faces, source), 30),
         "ours, filling the cache": partial(decode_once_rate, faces, source),
@@ -176,13 +182,26 @@ def contenders(faces, files: list[bytes], size: int, source: int) -> dict:
             lambda: our_views(faces, size, source), 4
         ),
     }
-    if importlib.util.find_spec("torchvision"):
-        found["torch DataLoader + torchvision"] = lambda: take(
-            lambda: torch_loader(files, size, 5), 4
-        )
-    if importlib.util.find_spec("tensorflow"):
-        found["tf.data"] = lambda: take(lambda: tf_loader(files, size), 4)
-    return found
+
+
+def torch_measures(data: str, size: int, source: int, images: int) -> dict:
+    """The same of torch."""
+    files = read_files(data, images)
+    return {TORCH: lambda: take(lambda: torch_loader(files, size, 5), 4)}
+
+
+def tf_measures(data: str, size: int, source: int, images: int) -> dict:
+    """The same of TensorFlow."""
+    files = read_files(data, images)
+    return {"tf.data": lambda: take(lambda: tf_loader(files, size), 4)}
+
+
+def read_files(data: str, images: int) -> list[bytes]:
+    """The first JPEG files of the training split."""
+    faces = open_split(data, "train")
+    n = min(images, len(faces))
+    found = (faces.read_images(range(i, min(i + 500, n))) for i in range(0, n, 500))
+    return list(itertools.chain(*found))
 
 
 def main() -> None:
@@ -193,31 +212,55 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=4000)
     arguments = parser.parse_args()
-    keep_freed_memory()  # as the command line does
-    faces = open_split(arguments.data, "train")
-    n = min(arguments.images, len(faces))
-    files = list(
-        itertools.chain(*(faces.read_images(range(i, min(i + 500, n))) for i in range(0, n, 500)))
-    )
+    sides = [our_measures]
+    sides += [torch_measures] if importlib.util.find_spec("torchvision") else []
+    sides += [tf_measures] if importlib.util.find_spec("tensorflow") else []
     for size in arguments.sizes:
-        measured = contenders(faces, files, size, arguments.source_size)
-        rates = {label: [] for label in measured}
-        for _ in range(arguments.rounds):
-            for label, measure in measured.items():
-                rates[label].append(measure())
-        medians = {label: statistics.median(values) for label, values in rates.items()}
-        limit = medians["limit: JPEG decode"]
-        peer = medians.get("torch DataLoader + torchvision")
-        print(
-            f"\n{size} px, batch {BATCH}, {CORES} cores, {len(faces):,} images, medians of "
-            f"{arguments.rounds} rounds\n"
-        )
-        print("| | images/s | of the decode limit | x torch |\n|---|---:|---:|---:|")
-        for label, rate in medians.items():
-            ratio = f"{rate / peer:.1f}" if peer else "-"
-            print(f"| {label} | {rate:,.0f} | {rate / limit:.0%} | {ratio} |", flush=True)
-        if not peer:
-            print("no peer: torch or torchvision is not installed (see the head of this file)")
+        settings = (arguments.data, size, arguments.source_size, arguments.images)
+        rates = measure(sides, settings, rounds=arguments.rounds)
+        report(rates, f"{size} px, medians of {arguments.rounds} rounds")
+
+
+def measure(sides: list, settings: tuple, *, rounds: int) -> dict[str, list[float]]:
+    """label -> images/s of each round; every side in a process of its own, one at a time."""
+    context = multiprocessing.get_context("spawn")
+    rates: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        pipes = []
+        for side in sides:
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, side, settings))
+            process.start()
+            stack.callback(process.join)
+            stack.callback(pipe.send, False)  # before the join: the last is called first
+            pipes.append((pipe, pipe.recv()))
+        for _ in range(rounds):
+            for pipe, labels in pipes:
+                for label in labels:
+                    pipe.send(label)
+                    rates.setdefault(label, []).append(pipe.recv())
+    return rates
+
+
+def serve(pipe, side, settings: tuple) -> None:
+    """A side's process: says what it measures, then measures what it is asked for."""
+    measures = side(*settings)
+    pipe.send(list(measures))
+    while label := pipe.recv():
+        pipe.send(measures[label]())
+
+
+def report(rates: dict[str, list[float]], title: str) -> None:
+    """Print the table of one size."""
+    medians = {label: statistics.median(values) for label, values in rates.items()}
+    limit, peer = medians["limit: JPEG decode"], medians.get(TORCH)
+    print(f"\n{title}, batch {BATCH}, {CORES} cores\n")
+    print("| | images/s | of the decode limit | x torch |\n|---|---:|---:|---:|")
+    for label, rate in medians.items():
+        ratio = f"{rate / peer:.1f}" if peer else "-"
+        print(f"| {label} | {rate:,.0f} | {rate / limit:.0%} | {ratio} |", flush=True)
+    if not peer:
+        print("no peer: torch or torchvision is not installed (see the head of this file)")
 
 
 if __name__ == "__main__":
