@@ -27,7 +27,7 @@ def write_release(run_dir: Path, data_folder: Path, out: Path) -> dict[str, Any]
     """Write the best checkpoint of a run to `out` and evaluate what was written on the test split.
 
     Gives back the evaluation, whose report goes to `<run_dir>/released`. Raises ValueError for a
-    run without an age head, and what `evaluate.run` raises.
+    run without an age head or one whose `init_from` is gone, and what `evaluate.run` raises.
     """
     run_dir, out = Path(run_dir), Path(out)
     variables, step = load_variables(run_dir)
@@ -36,13 +36,13 @@ def write_release(run_dir: Path, data_folder: Path, out: Path) -> dict[str, Any]
         raise ValueError(
             f"{run_dir} is a {config.stage} run without an age head; release a finetune run"
         )
-    pretraining = _pretraining(config.init_from)
+    before = _stages_before(config.init_from)
     out.mkdir(parents=True, exist_ok=True)
     save_weights(out / FILE, variables, step=step)
     config.data.root, config.init_from = "", ""
     save_config(config, out / "config.json")
     told = json.loads((run_dir / "run.json").read_text())
-    run = {key: told[key] for key in KEPT if key in told} | {"pretraining": pretraining}
+    run = {key: told[key] for key in KEPT if key in told} | {"before": before}
     write_json(out / "run.json", run)
     report = run_dir / "released"
     result = evaluate.run(out, data_folder, out=report, show_faces=False)
@@ -57,17 +57,27 @@ def write_release(run_dir: Path, data_folder: Path, out: Path) -> dict[str, Any]
     return result
 
 
-def _pretraining(init_from: str) -> dict[str, Any] | None:
-    """How the backbone was pre-trained: method, epochs, image_size; None where it was not."""
+def _stages_before(init_from: str) -> list[dict[str, Any]]:
+    """The stages that the backbone went through before, the first one first.
+
+    Raises ValueError where the folder of one is gone: a card must not call trained weights random.
+    """
+    if not init_from:
+        return []
     path = Path(init_from) / "config.json"
-    if not init_from or not path.is_file():
-        return None
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing, and the model card says where the weights come from: put the "
+            "folder of the run back, or correct init_from in the config.json of the run after it"
+        )
     config = read_config(path)
-    return {
-        "method": config.get("method", config.stage),
-        "epochs": config.get("epochs"),
-        "image_size": config.model.get("image_size"),
-    }
+    told = {"stage": config.stage, "image_size": config.model.image_size}
+    if config.stage == "timm":
+        told["name"] = config.timm.name
+    else:
+        told |= {"data": config.data.name, "epochs": config.epochs}
+        told |= {"method": config.method} if "method" in config else {}
+    return [*_stages_before(config.get("init_from", "")), told]
 
 
 def _other_sets(run_dir: Path) -> list[dict[str, Any]]:

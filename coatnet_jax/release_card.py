@@ -41,20 +41,28 @@ def release_card(
 
 
 def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
-    start = "from random weights"
-    if before := run.get("pretraining"):
-        start = (
-            f"after {before['method']} pre-training ({before['epochs']:g} epochs at "
-            f"{before['image_size']} px on the same training split)"
-        )
+    before = run.get("before", [])
+    start = f"after {' and '.join(map(_stage, before))}" if before else "from random weights"
+    outside = any(stage["stage"] == "timm" for stage in before)
     return (
         f"{run['parameters'] / 1e6:.2f} M parameters, kept in bfloat16. Fine-tuned on the training "
-        f"split of `{config.data.name}` for {config.epochs:g} epochs, {start}, with no outside "
-        f"weights or labels; seed {config.seed}, data fingerprint "
-        f"`{run['data_fingerprint'][:16]}`, revision `{run['git_revision']}`, "
+        f"split of `{config.data.name}` for {config.epochs:g} epochs, {start}"
+        f"{'' if outside else ', with no outside weights or labels'}; seed {config.seed}, data "
+        f"fingerprint `{run['data_fingerprint'][:16]}`, revision `{run['git_revision']}`, "
         f"{', '.join(run['devices'])}, {run['wall_seconds'] / 60:.0f} minutes. Its answer is the "
         f"{config.loss.get('decode', 'median')} of a probability for each age from 0 to 116."
     )
+
+
+def _stage(stage: Mapping[str, Any]) -> str:
+    if stage["stage"] == "timm":
+        return f"the training of timm's `{stage['name']}`, outside of this project"
+    if stage["stage"] == "finetune":
+        what = "an earlier fine-tuning"
+    else:
+        what = f"{stage['method']} pre-training"
+    where = f"at {stage['image_size']} px on the training split of `{stage['data']}`"
+    return f"{what} ({stage['epochs']:g} epochs {where})"
 
 
 def _scores(result: Mapping[str, Any]) -> str:

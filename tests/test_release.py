@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from coatnet_jax import predict, release, release_weights
+from coatnet_jax import predict, pretrained, release, release_weights
 from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.config import load_config, read_config
 from coatnet_jax.release_card import release_card
@@ -116,8 +116,45 @@ def test_release_holds_no_path_of_the_machine(run_dir, variables, tmp_path, monk
             assert private.encode() not in path.read_bytes(), path.name
     assert read_config(out / "config.json").model.name == "coatnet_atto"
     run = json.loads((out / "run.json").read_text())
-    assert run["pretraining"] == {"method": "simclr", "epochs": 100.0, "image_size": 112}
-    assert "after simclr pre-training (100 epochs" in (out / "MODEL_CARD.md").read_text()
+    (before,) = run["before"]
+    assert (before["method"], before["epochs"], before["image_size"]) == ("simclr", 100.0, 112)
+    text = (
+        "after simclr pre-training (100 epochs at 112 px on the training split of `utkface`), with"
+    )
+    assert text in (out / "MODEL_CARD.md").read_text()
+
+
+def test_card_tells_every_stage_that_the_weights_went_through(run_dir):
+    again = run_dir.parent / "again"
+    again.mkdir()
+    config = read_config(run_dir / "config.json")
+    config.epochs, config.init_from = 6.0, str(run_dir)
+    (again / "config.json").write_text(config.to_json())
+    before = release._stages_before(str(again))
+    assert [stage["stage"] for stage in before] == ["pretrain", "finetune", "finetune"]
+    run = {"parameters": 1, "data_fingerprint": "f", "git_revision": "abc", "before": before}
+    run |= {"devices": ["cpu cpu"], "wall_seconds": 120.0}
+    card = release_card(config, run, METRICS)
+    places = [card.index(text) for text in ("simclr pre-training (100", "(60 epochs", "(6 epochs")]
+    assert places == sorted(places)
+    (run_dir / "config.json").unlink()
+    with pytest.raises(ValueError, match="where the weights come from"):
+        release._stages_before(str(again))
+
+
+def test_card_of_a_model_from_timms_weights_says_so(tmp_path, run_dir):
+    imported = pretrained.run_config(
+        "coatnet_nano_rw",
+        {"head.fc.weight": np.zeros((1000, 2))},
+        {},
+        timm_name="coatnet_nano_rw_224",
+    )
+    (tmp_path / "config.json").write_text(imported.to_json())
+    before = release._stages_before(str(tmp_path))
+    run = {"parameters": 1, "data_fingerprint": "f", "git_revision": "abc", "before": before}
+    run |= {"devices": ["cpu cpu"], "wall_seconds": 120.0}
+    card = release_card(read_config(run_dir / "config.json"), run, METRICS)
+    assert "timm's `coatnet_nano_rw_224`, outside" in card and "no outside weights" not in card
 
 
 def test_a_pretraining_is_not_released(tmp_path, run_dir, variables, monkeypatch):
