@@ -77,7 +77,9 @@ def _stages_before(init_from: str) -> list[dict[str, Any]]:
     else:
         told |= {"data": config.data.name, "epochs": config.epochs}
         told |= {"method": config.method} if "method" in config else {}
-    return [*_stages_before(config.get("init_from", "")), told]
+    record = path.with_name("run.json")
+    released = json.loads(record.read_text()).get("before", []) if record.is_file() else []
+    return [*(released or _stages_before(config.get("init_from", ""))), told]
 
 
 def _other_sets(run_dir: Path) -> list[dict[str, Any]]:

@@ -134,12 +134,15 @@ def test_card_tells_every_stage_that_the_weights_went_through(run_dir):
     assert [stage["stage"] for stage in before] == ["pretrain", "finetune", "finetune"]
     run = {"parameters": 1, "data_fingerprint": "f", "git_revision": "abc", "before": before}
     run |= {"devices": ["cpu cpu"], "wall_seconds": 120.0}
+    (again / "run.json").write_text(json.dumps({"before": before[:2]}))  # as a release has it
+    config.init_from = ""
+    (again / "config.json").write_text(config.to_json())
+    assert release._stages_before(str(again)) == before
     card = release_card(config, run, METRICS)
     places = [card.index(text) for text in ("simclr pre-training (100", "(60 epochs", "(6 epochs")]
     assert places == sorted(places)
-    (run_dir / "config.json").unlink()
     with pytest.raises(ValueError, match="where the weights come from"):
-        release._stages_before(str(again))
+        release._stages_before(str(run_dir.parent / "gone"))
 
 
 def test_card_of_a_model_from_timms_weights_says_so(tmp_path, run_dir):
