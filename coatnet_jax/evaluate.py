@@ -35,7 +35,7 @@ from coatnet_jax.conformal import (
 )
 from coatnet_jax.groups import group_table, unknown_counts
 from coatnet_jax.inference import Run, load_run, predict_split
-from coatnet_jax.leaks import check_no_leak, training_splits
+from coatnet_jax.leaks import check_no_leak, trained_on, training_splits
 from coatnet_jax.logs import environment
 from coatnet_jax.metrics import (
     accuracy,
@@ -47,6 +47,9 @@ from coatnet_jax.metrics import (
 )
 from coatnet_jax.pages import percent, share_range, write_csv, write_json, write_report
 from input_pipeline.pipeline import Faces, open_split
+
+# Scores that are given a second time where a published table of splits tears copies apart.
+WITHOUT_COPIES = ("images", "mae", "mae_interval", "cs5", "accuracy", "baseline")
 
 
 def run(
@@ -74,7 +77,8 @@ def run(
     Writes metrics.json, report.md and .html, their pictures and predictions.csv under `out`
     (default: a folder of its own in `<run_dir>/evaluate`); with `show_faces` worst.png too. The
     constants of the 90 % intervals go to `<run_dir>/conformal.json`. Raises ValueError for a run
-    without an age head, and where a face was trained on.
+    without an age head, and where a face was trained on; copies that a published table of splits
+    tears apart are counted instead (`check_no_leak`).
     """
     run_dir, data_folder = Path(run_dir), Path(data_folder)
     training_folder = Path(training_folder or data_folder)
@@ -127,6 +131,10 @@ def run(
     if constants:
         seen = np.isin(faces.labels["pixel_hash"], validation.labels["pixel_hash"])
         result["conformal"]["calibrated_on_these"] = int(seen.sum())
+    if leak_check["identical"]:
+        apart = ~trained_on(faces, train)[rows]
+        scores = score(p[apart], age[apart], train_age=train.labels["age"], decode=decode)
+        result["without_copies"] = {key: scores[key] for key in WITHOUT_COPIES}
     result["unknown"] = unknown_counts(labels)
     result["groups"] = group_table(face_measures(p, age, low, high, decode=decode), labels)
     if model.has_attributes and _any_known(faces.labels):
@@ -463,13 +471,15 @@ def prediction_rows(
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """One line for the terminal."""
+    """One line for the terminal, and one more where copies of faces were trained on."""
     base = result["baseline"]
-    return (
+    line = (
         f"{result['images']:,} faces: MAE {result['mae']:.2f} years (constant {base['mae']:.2f}), "
         f"within 5 years {percent(result['cs5'])}, 4 classes {percent(result['accuracy'])} "
         f"(majority {percent(base['accuracy'])}), balanced {percent(result['balanced_accuracy'])}"
     )
+    copies = evaluation_page.torn_copies(result)
+    return f"{line}\n{copies}" if copies else line
 
 
 def headline_table(result: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -105,7 +105,22 @@ def circumstances(result: Mapping[str, Any]) -> str:
     )
     if not trained["same_data"]:
         text += f" and never saw `{result['data_name']}`: **this is a test on another data set**"
+    if copies := torn_copies(result):
+        return f"{text}. **{copies}**"
     return text + "; none of the faces evaluated here is among them (compared by pixels)."
+
+
+def torn_copies(result: Mapping[str, Any]) -> str:
+    """The scores without copies of training faces, where a published table tore such apart."""
+    if not (rest := result.get("without_copies")):
+        return ""
+    low, high = rest["mae_interval"]
+    return (
+        f"{result['leak_check']['identical']:,} of these faces are pixel-identical copies of "
+        f"training faces, for the splits {result['splits']!r} are taken as they were published. "
+        f"The other {rest['images']:,}: MAE {rest['mae']:.2f} years ({low:.2f}–{high:.2f}), within "
+        f"5 years {percent(rest['cs5'])}, 4 classes {percent(rest['accuracy'])}."
+    )
 
 
 def further_sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from types import SimpleNamespace
 
 import cv2
@@ -298,11 +299,28 @@ def test_without_faces_no_picture_of_them_is_left(joined):
 
 
 def test_faces_that_were_trained_on_are_refused(joined):
-    joined.faces["test"].labels["pixel_hash"][[3, 7]] = "train0"
+    for key in ("pixel_hash", "file"):
+        joined.faces["test"].labels[key][[3, 7]] = joined.faces["train"].labels[key][0]
     with pytest.raises(ValueError, match="2 of the 500 faces .* were in the training split") as e:
         evaluate.run(joined.run, joined.data)
     assert "\n" not in str(e.value)
     assert not (joined.run / "evaluate").exists()
+
+
+def test_copies_that_a_published_table_tears_apart_are_counted_and_left_out_once(joined, capsys):
+    faces = joined.faces["test"]
+    faces.labels["file"] = np.array([f"test_{i}.jpg" for i in range(len(faces))])
+    faces.labels["pixel_hash"][[3, 7]] = "train0"
+    result = evaluate.run(joined.run, joined.data)
+    assert (result["images"], result["leak_check"]["identical"]) == (500, 2)
+    rest = np.delete(np.abs(joined.guess - joined.age), [3, 7])
+    found = result["without_copies"]
+    assert (found["images"], found["mae"]) == (498, pytest.approx(rest.mean(), abs=0.01))
+    assert found["cs5"] == pytest.approx(np.mean(rest <= 5), abs=0.01)
+    told = f"2 of these faces are pixel-identical copies .* 498: MAE {found['mae']:.2f} years"
+    page = (joined.run / "evaluate" / "test" / "report.md").read_text()
+    assert re.search(told, page) and re.search(told, capsys.readouterr().out)
+    assert "none of the faces evaluated" not in page
 
 
 def test_another_set_is_named_with_what_the_run_was_trained_on(joined, tmp_path):

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
-from coatnet_jax.leaks import check_no_leak, training_splits
+from coatnet_jax.leaks import check_no_leak, trained_on, training_splits
 from input_pipeline.pipeline import open_split
 
 
@@ -48,6 +49,18 @@ def test_only_faces_of_the_training_split_are_a_leak(folder, tmp_path):
         both = len(set(faces.labels["pixel_hash"]) & set(train.labels["pixel_hash"]))
         with pytest.raises(ValueError, match=f"^{both} of the {len(faces)} faces"):
             check_no_leak(faces, train, run_dir=tmp_path)
+
+
+def test_copies_are_forgiven_within_one_table_alone(folder, tmp_path):
+    train, test = (open_split(folder, name) for name in ("train", "test"))
+    hashes = test.labels["pixel_hash"].copy()
+    hashes[[0, 4]] = train.labels["pixel_hash"][[5, 9]]
+    copies = replace(test, labels=test.labels | {"pixel_hash": hashes})
+    assert trained_on(copies, train).nonzero()[0].tolist() == [0, 4]
+    assert check_no_leak(copies, train, run_dir=tmp_path)["identical"] == 2
+    elsewhere = replace(copies, fingerprint="of another table")
+    with pytest.raises(ValueError, match=f"^2 of the {len(test)} faces"):
+        check_no_leak(elsewhere, train, run_dir=tmp_path)
 
 
 def test_all_splits_are_all_faces(folder):
