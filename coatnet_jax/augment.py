@@ -128,15 +128,21 @@ def eval_view(
     images: UInt8[Array, "b h w 3"],
     *,
     size: int,
+    side: float = 1.0,
     mean: tuple[float, ...] = IMAGE_MEAN,
     std: tuple[float, ...] = IMAGE_STD,
 ) -> Float[Array, "b size size 3"]:
-    """The whole image at `size` (antialiased bilinear resize) and normalised; nothing random."""
-    batch, height, width, _ = images.shape
-    if (height, width) == (size, size):
+    """The image at `size` (antialiased bilinear resize) and normalised; nothing random.
+
+    Of each side the middle share `side` is kept: the whole image unless given.
+    """
+    _, height, width, _ = images.shape
+    if (height, width, side) == (size, size, 1):
         return normalize(images, mean=mean, std=std)
-    rows = _resize_matrix(0.0, height, height, size)
-    columns = _resize_matrix(0.0, width, width, size)
+    rows, columns = (
+        _resize_matrix((1 - side) / 2 * length, side * length, length, size)
+        for length in (height, width)
+    )
     pixels = jax.vmap(_resample, (0, None, None))(images, rows, columns).swapaxes(2, 3)
     return normalize(pixels, mean=mean, std=std)
 

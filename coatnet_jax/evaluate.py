@@ -8,7 +8,7 @@ is ever evaluated.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def run(
     splits: str | None = None,
     show_faces: bool = True,
     decode: str | None = None,
+    sides: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a fine-tuned run and write its report; gives back what metrics.json holds.
 
@@ -72,7 +73,7 @@ def run(
     training and validation faces lie. `split` may be joined (`train+test`) or `all`. `flip`
     averages the picture and its mirror image, `which` names the checkpoint, `splits` the table of
     splits (default: the run's own, or of another set `default`), `decode` how ages are read from
-    the probabilities (default: the run's own).
+    the probabilities and `sides` the centres they are averaged over (default: the run's own).
 
     Writes metrics.json, report.md and .html, their pictures and predictions.csv under `out`
     (default: a folder of its own in `<run_dir>/evaluate`); with `show_faces` worst.png too. The
@@ -82,7 +83,7 @@ def run(
     """
     run_dir, data_folder = Path(run_dir), Path(data_folder)
     training_folder = Path(training_folder or data_folder)
-    model = load_run(run_dir, which=which, batch_size=batch_size)
+    model = load_run(run_dir, which=which, batch_size=batch_size, sides=sides)
     if model.stage != "finetune":
         raise ValueError(
             f"{run_dir} is a {model.stage} run without an age head; evaluate a finetune run"
@@ -120,12 +121,15 @@ def run(
         },
         "leak_check": leak_check,
         "flip": flip,
+        "sides": list(model.sides),
         "loss": model.config.loss.name,
         "environment": environment(),
         **score(p, age, train_age=train.labels["age"], decode=decode),
     }
     validation = open_split(training_folder, "validation", splits=trained_splits)
-    constants = conformal_constants(model, validation, flip=flip, which=which)
+    # Kept for `predict` only of what it does.
+    keep = which == "best" and flip and sides is None
+    constants = conformal_constants(model, validation, flip=flip, keep=keep)
     low, high = intervals(p, constants, decode=decode)
     result["conformal"] = interval_scores(p, age, low, high, constants)
     if constants:
@@ -165,12 +169,11 @@ def _folder_name(result: Mapping[str, Any]) -> str:
 
 
 def conformal_constants(
-    model: Run, validation: Faces, *, flip: bool, which: str
+    model: Run, validation: Faces, *, flip: bool, keep: bool
 ) -> dict[str, Any] | None:
     """The constants of the 90 % intervals, from the validation faces; None where those are too few.
 
-    They are also written to `conformal.json` of the run where they are of what `predict` does: the
-    best checkpoint, averaged over the mirror image.
+    With `keep` they are also written to `conformal.json` of the run, which `predict` reads.
     """
     if len(validation) < math.ceil(LEVEL / (1 - LEVEL) - 1e-9):
         print(f"{len(validation)} validation faces are too few for conformal intervals: left out")
@@ -189,7 +192,7 @@ def conformal_constants(
         "fingerprint": validation.fingerprint,
         "step": int(model.step),
     }
-    if which == "best" and flip:
+    if keep:
         save_constants(model.run_dir, constants)
     return constants
 

@@ -15,7 +15,7 @@ from coatnet_jax.age_losses import age_distribution, get_age_loss
 from coatnet_jax.ages import age_class, check_ages, expected_age, get_decoder
 from coatnet_jax.augment import mixup, supervised_view
 from coatnet_jax.heads import N_GENDERS, N_RACES, AgeModel
-from coatnet_jax.inference import Run, build_model, image_format, predict_split
+from coatnet_jax.inference import Run, build_model, check_sides, image_format, predict_split
 from coatnet_jax.losses import balanced_weights, cross_entropy
 from coatnet_jax.metrics import accuracy, mae
 from coatnet_jax.progressive import check_sizes, growing_step, params_for
@@ -35,6 +35,7 @@ def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting
     # What is misspelled should fail before anything is loaded.
     get_age_loss(config.loss.name)
     get_decoder(config.loss.get("decode", "median"))
+    check_sides(config.get("eval_sides", (1.0,)))
     augment = config.augment
     check_rand_augment(
         augment.get("rand_augment_ops", 0), augment.get("rand_augment_magnitude", 9.0)

@@ -1,6 +1,6 @@
 """A trained run as functions of pictures: features, age probabilities, whole splits in batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,17 @@ def image_format(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {"size": config.model.image_size, **normalisation(config)}
 
 
+def check_sides(sides: Sequence[float]) -> tuple[float, ...]:
+    """`sides` as a tuple; ValueError unless there are some, all over 0 and at most 1."""
+    sides = tuple(float(side) for side in sides)
+    if not sides or not all(0 < side <= 1 for side in sides):
+        raise ValueError(
+            f"eval_sides are shares of a picture's side, over 0 and at most 1, like (1.0, 0.9), "
+            f"not {sides}"
+        )
+    return sides
+
+
 VIEW = ("size", "mean", "std")  # static arguments of the steps, those of `image_format`
 
 
@@ -74,7 +85,7 @@ def features_step(
     return model.apply(variables, eval_view(images, **view), train=False)["features"]
 
 
-@partial(jax.jit, static_argnames=("model", "flip", "loss_name", *VIEW))
+@partial(jax.jit, static_argnames=("model", "flip", "loss_name", "sides", *VIEW))
 def probabilities_step(
     variables: Any,
     images: UInt8[Array, "b h w 3"],
@@ -82,19 +93,22 @@ def probabilities_step(
     model: AgeModel,
     flip: bool,
     loss_name: str = "kl_l1",
+    sides: tuple[float, ...] = (1.0,),
     **view: Any,
 ) -> Float[Array, "b 117"]:
-    """Probabilities of the ages 0-116; with `flip`, the mean over the image and its mirror.
+    """Probabilities of the ages 0-116: the mean over the centres of the image that keep the shares
+    `sides` of its side and, with `flip`, over the mirror images of these.
 
     `loss_name` is the age loss of the model, which says how its outputs are read.
     """
     read = get_age_loss(loss_name).probabilities
-    views = eval_view(images, **view)
-    probabilities = read(model.apply(variables, views, train=False)["age"])
+    views = [eval_view(images, side=side, **view) for side in sides]
     if flip:
-        mirrored = read(model.apply(variables, views[:, :, ::-1], train=False)["age"])
-        probabilities = (probabilities + mirrored) / 2
-    return probabilities
+        views += [view[:, :, ::-1] for view in views]
+    # One batch for all, which compiles once; each image's views stay on the device that has it.
+    joined = jnp.stack(views, axis=1).reshape(-1, *views[0].shape[1:])
+    probabilities = read(model.apply(variables, joined, train=False)["age"])
+    return probabilities.reshape(len(images), len(views), -1).mean(1)
 
 
 def apply_in_batches(
@@ -185,6 +199,11 @@ class Run:
         return self.config.loss.get("decode", "median")
 
     @property
+    def sides(self) -> tuple[float, ...]:
+        """Shares of a picture's side of the centres whose probabilities are averaged."""
+        return check_sides(self.config.get("eval_sides", (1.0,)))  # runs of old do not say it
+
+    @property
     def answers_one_age(self) -> bool:
         """Whether the run's loss is a regression, whose probabilities say nothing of doubt."""
         return get_age_loss(self.config.loss.name).point
@@ -199,11 +218,12 @@ class Run:
         self, images: UInt8[np.ndarray, "n h w 3"], *, flip: bool = True
     ) -> Float[np.ndarray, "n 117"]:
         """Probabilities of the ages 0-116. Raises ValueError for a pre-training run."""
+        views = len(self.sides) * (1 + flip)
         return apply_in_batches(
             self._probabilities_step(flip),
             self.variables,
             images,
-            batch_size=self.batch_size,
+            batch_size=max(1, self.batch_size // views),  # so many views are in the memory at once
             mesh=self.mesh,
         )
 
@@ -234,14 +254,22 @@ class Run:
             model=build_model(self.config),
             flip=flip,
             loss_name=self.config.loss.name,
+            sides=self.sides,
             **image_format(self.config),
         )
 
 
-def load_run(run_dir: Path, *, which: str = "best", batch_size: int = 256) -> Run:
+def load_run(
+    run_dir: Path,
+    *,
+    which: str = "best",
+    batch_size: int = 256,
+    sides: Sequence[float] | None = None,
+) -> Run:
     """A trained run: its 'best' or 'latest' checkpoint or that of a step.
 
-    Raises FileNotFoundError or ValueError in one line where the folder holds no such run.
+    `sides` take the place of the run's own `eval_sides`. Raises FileNotFoundError or ValueError in
+    one line where the folder holds no such run.
     """
     run_dir = Path(run_dir)
     if is_released(run_dir):
@@ -252,6 +280,8 @@ def load_run(run_dir: Path, *, which: str = "best", batch_size: int = 256) -> Ru
 
         variables, step = load_variables(run_dir, which=which)
     config = read_config(run_dir / "config.json")
+    if sides is not None:
+        config.eval_sides = check_sides(sides)
     mesh = make_mesh()
     return Run(config, replicate(variables, mesh), mesh, run_dir, step, batch_size)
 

@@ -237,6 +237,15 @@ def _parser() -> argparse.ArgumentParser:
     release.add_argument("--out", required=True, help="folder to write")
     release.add_argument("--root", help="folder for built data (default: the run's)")
 
+    for command in (evaluate, release):
+        command.add_argument(
+            "--sides",
+            nargs="+",
+            type=float,
+            metavar="SHARE",
+            help="average over the centres with these shares of the side (default: the run's own)",
+        )
+
     models = add("models", _models, "the backbones: size, multiply-adds, feature width, source")
     models.add_argument("names", nargs="*", metavar="NAME", help="backbones (default: all)")
     models.add_argument("--image-size", type=int, default=224, help="in pixels (default: 224)")
@@ -379,6 +388,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         splits=arguments.splits,
         show_faces=not arguments.no_faces,
         decode=arguments.decode,
+        sides=arguments.sides,
     )
 
 
@@ -425,7 +435,7 @@ def _release(arguments: argparse.Namespace) -> None:
     from coatnet_jax.release import write_release
 
     data = _data_of(arguments.run_dir, root=arguments.root)
-    write_release(Path(arguments.run_dir), data, Path(arguments.out))
+    write_release(Path(arguments.run_dir), data, Path(arguments.out), sides=arguments.sides)
 
 
 def _models(arguments: argparse.Namespace) -> None:

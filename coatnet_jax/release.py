@@ -9,12 +9,14 @@ command that takes the folder of a run takes such a folder too.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coatnet_jax import evaluate
 from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.config import read_config, save_config
+from coatnet_jax.inference import check_sides
 from coatnet_jax.pages import write_json
 from coatnet_jax.release_card import release_card
 from coatnet_jax.release_weights import FILE, save_weights
@@ -23,9 +25,12 @@ KEPT = ("started", "parameters", "data_fingerprint", "git_revision", "python", "
 KEPT += ("devices", "machine", "wall_seconds", "step")
 
 
-def write_release(run_dir: Path, data_folder: Path, out: Path) -> dict[str, Any]:
+def write_release(
+    run_dir: Path, data_folder: Path, out: Path, *, sides: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Write the best checkpoint of a run to `out` and evaluate what was written on the test split.
 
+    `sides` take the place of the run's own `eval_sides`; choose them on the validation split.
     Gives back the evaluation, whose report goes to `<run_dir>/released`. Raises ValueError for a
     run without an age head or one whose `init_from` is gone, and what `evaluate.run` raises.
     """
@@ -36,6 +41,8 @@ def write_release(run_dir: Path, data_folder: Path, out: Path) -> dict[str, Any]
         raise ValueError(
             f"{run_dir} is a {config.stage} run without an age head; release a finetune run"
         )
+    if sides is not None:
+        config.eval_sides = check_sides(sides)
     before = _stages_before(config.init_from)
     out.mkdir(parents=True, exist_ok=True)
     save_weights(out / FILE, variables, step=step)

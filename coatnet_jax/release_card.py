@@ -50,8 +50,16 @@ def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
         f"{'' if outside else ', with no outside weights or labels'}; seed {config.seed}, data "
         f"fingerprint `{run['data_fingerprint'][:16]}`, revision `{run['git_revision']}`, "
         f"{', '.join(run['devices'])}, {run['wall_seconds'] / 60:.0f} minutes. Its answer is the "
-        f"{config.loss.get('decode', 'median')} of a probability for each age from 0 to 116."
+        f"{config.loss.get('decode', 'median')} of a probability for each age from 0 to 116, the "
+        f"mean over {_views(config)} and the mirror image."
     )
+
+
+def _views(config: ml_collections.ConfigDict) -> str:
+    shares = [f"{100 * side:.0f} %" for side in config.get("eval_sides", (1.0,))]
+    if shares == ["100 %"]:
+        return "the picture"
+    return f"the centres of the picture with {' and '.join(shares)} of its side"
 
 
 def _stage(stage: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ FREE_KEYS = (
 LATER_KEYS = {
     **{"loss.decode": "median", "loss.balanced": False, "progressive": ()},
     **{"augment.rand_augment_ops": 0, "augment.rand_augment_magnitude": 9.0},
-    "data.label_noise": "keep",
+    **{"data.label_noise": "keep", "eval_sides": (1.0,)},
 }
 CACHES = ("none", "host", "device")
 

@@ -83,6 +83,10 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     # Sizes of the training views, each for an equal share of the epochs: (80, 112), the last one
     # model.image_size. Empty: that size throughout. Evaluation always has the last one.
     config.progressive = ()
+    # Evaluation and prediction average over the centres of a picture that keep these shares of its
+    # side. In training faces are magnified by the crops; a centre shows them as large as that
+    # (arXiv 1906.06423). (1.0,): the whole picture alone.
+    config.eval_sides = (1.0, 0.9)
     config.mixup = 0.1  # alpha of the Beta distribution; 0: off
 
     config.loss = ml_collections.ConfigDict()

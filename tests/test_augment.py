@@ -224,6 +224,14 @@ def test_eval_view_is_the_antialiased_resize(faces):
     np.testing.assert_allclose(_pixels(augment.eval_view(wide, size=24)), expected, atol=1e-2)
 
 
+def test_eval_view_of_a_centre_is_that_of_the_picture_cut_out(faces):
+    for side, margin in ((0.5, 8), (0.75, 4), (1.0, 0)):
+        cut = faces[:, margin : 32 - margin, margin : 32 - margin]
+        for size in (16, 24):
+            centre = augment.eval_view(faces, size=size, side=side)
+            np.testing.assert_allclose(centre, augment.eval_view(cut, size=size), atol=1e-4)
+
+
 def test_mixup_blends_images_and_targets_with_the_same_share(faces):
     images = augment.normalize(faces)
     targets = {"age": jnp.eye(8), "gender": jnp.tile(jnp.eye(2), (4, 1))}

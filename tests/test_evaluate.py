@@ -190,7 +190,7 @@ def fake_faces(age, split):
 
 def fake_run(stage="finetune", **methods):
     config = ConfigDict({"stage": stage, "data": {"splits": "default"}, "loss": {"name": "kl_l1"}})
-    methods = {"has_attributes": False, "decode": "median", **methods}
+    methods = {"has_attributes": False, "decode": "median", "sides": (1.0,), **methods}
     return SimpleNamespace(
         config=config, stage=stage, step=7, source_size=8, batch_size=64, **methods
     )
@@ -281,7 +281,7 @@ def test_intervals_are_set_on_validation_and_judged_on_test(joined, monkeypatch)
     assert result["conformal"]["calibrated_on_these"] == 0
 
 
-@pytest.mark.parametrize("options", [{"which": "latest"}, {"flip": False}])
+@pytest.mark.parametrize("options", [{"which": "latest"}, {"flip": False}, {"sides": (1.0,)}])
 def test_constants_are_kept_only_of_what_predict_does(joined, monkeypatch, options):
     monkeypatch.setattr(evaluate, "write_results", lambda *_, **__: None)
     result = evaluate.run(joined.run, joined.data, show_faces=False, **options)

@@ -175,6 +175,7 @@ def test_card_says_results_by_group_terms_and_use():
     card = release_card(config, run, METRICS, [wild])
     for text in (
         "from random weights",
+        "the mean over the centres of the picture with 100 % and 90 % of its side and the mirror",
         "| mean absolute error, years | 6.50 | 6.00-7.00 | 15.00 |",
         "| 0–9 | 9 | 3.25 (2.00-4.00) | +1.50 |",
         "hold 91.0 % of the ages and are 25.0 years wide",
