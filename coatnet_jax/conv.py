@@ -1,8 +1,10 @@
-"""The stem's 3x3 convolution, with a weight gradient that suits the CPU.
+"""3x3 convolution of channels with each other, in forms that suit the CPU.
 
 XLA computes the weight gradient of a convolution as a convolution over the batch, for which it
 transposes both images and gradients: on a CPU that costs several times the arithmetic. Here it
-is one matrix product with the patches that the kernel met.
+is one matrix product with the patches that the kernel met. Small maps are one product for each
+place of the kernel instead, forwards and backwards: where the result is 2x2 pixels, XLA's own
+takes a hundred times as long as that.
 """
 
 import functools
@@ -12,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+SMALL_MAP = 8  # pixels of a side of the result; up to there the products are the faster form
 
 
 class Conv3x3(nn.Module):
@@ -32,9 +36,11 @@ def conv3x3(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"], *, stride: int = 1
 ) -> Float[Array, "b h2 w2 d"]:
     """Convolves, padded by one zero on each side, to ceil(h / stride) x ceil(w / stride)."""
-    if jax.default_backend() == "cpu":
-        return _conv_with_patches(x, kernel, stride)
-    return _lax_conv(x, kernel, stride)
+    if jax.default_backend() != "cpu":
+        return _lax_conv(x, kernel, stride)
+    if -(-max(x.shape[1:3]) // stride) <= SMALL_MAP:
+        return _conv_by_products(x, kernel, stride)
+    return _conv_with_patches(x, kernel, stride)
 
 
 def _lax_conv(x, kernel, stride):
@@ -45,6 +51,29 @@ def _lax_conv(x, kernel, stride):
         padding=((1, 1), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+
+
+def _taps(x, stride):
+    """The pixels that each of the nine places of the kernel meets: nine arrays [b, h2, w2, c]."""
+    last = tuple(size - (size - 1) % stride for size in x.shape[1:3])
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [
+        padded[:, i : i + last[0] : stride, j : j + last[1] : stride]
+        for i in range(3)
+        for j in range(3)
+    ]
+
+
+def _conv_by_products(x, kernel, stride):
+    taps = _taps(x, stride)
+    matrices = kernel.reshape(9, *kernel.shape[2:])
+    pixels = [tap.reshape(-1, x.shape[-1]) for tap in taps]
+    products = [
+        jnp.dot(p, m, preferred_element_type=jnp.float32)
+        for p, m in zip(pixels, matrices, strict=True)
+    ]
+    y = functools.reduce(jnp.add, products).astype(x.dtype)
+    return y.reshape(*taps[0].shape[:3], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -59,20 +88,10 @@ def _forward(x, kernel, stride):
 def _backward(stride, saved, dy):
     x, kernel = saved
     _, input_gradient = jax.vjp(lambda x: _lax_conv(x, kernel, stride), x)
-    _, rows, columns, d = dy.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    last = stride * (rows - 1) + 1, stride * (columns - 1) + 1
-    patches = jnp.concatenate(
-        [
-            padded[:, i : i + last[0] : stride, j : j + last[1] : stride]
-            for i in range(3)
-            for j in range(3)
-        ],
-        axis=-1,
-    )
+    patches = jnp.concatenate(_taps(x, stride), axis=-1)
     dkernel = lax.dot_general(
         patches.reshape(-1, patches.shape[-1]),
-        dy.reshape(-1, d),
+        dy.reshape(-1, dy.shape[-1]),
         (((0,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
     )

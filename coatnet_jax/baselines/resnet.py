@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from coatnet_jax.batchnorm import BatchNorm
 from coatnet_jax.coatnet import Dense, DropPath, check_images, conv_init
+from coatnet_jax.conv import Conv3x3
 
 SMALLEST_IMAGE = 32
 
@@ -81,7 +82,16 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h4 w4 64"]:
-        x = _conv(64, 7, stride=2, dtype=self.dtype, name="conv")(x)
+        x = nn.Conv(
+            64,
+            (7, 7),
+            strides=2,
+            padding=3,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=conv_init,
+            name="conv",
+        )(x)
         return max_pool3x3(nn.relu(BatchNorm(name="norm")(x, train)))
 
 
@@ -95,11 +105,11 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 d"]:
-        conv = functools.partial(_conv, self.width, 3, dtype=self.dtype)
+        conv = functools.partial(Conv3x3, self.width, dtype=self.dtype, kernel_init=conv_init)
         shortcut = Shortcut(self.width, self.stride, self.dtype, name="shortcut")(x, train)
         x = conv(stride=self.stride, name="conv1")(x)
         x = nn.relu(BatchNorm(name="norm1")(x, train))
-        x = BatchNorm(name="norm2")(conv(name="conv2")(x), train)
+        x = BatchNorm(name="norm2")(conv(stride=1, name="conv2")(x), train)
         return nn.relu(shortcut + DropPath(self.drop_path)(x, train))
 
 
@@ -117,7 +127,7 @@ class Bottleneck(nn.Module):
         shortcut = Shortcut(4 * self.width, self.stride, self.dtype, name="shortcut")(x, train)
         x = dense(self.width, name="conv1")(x)
         x = nn.relu(BatchNorm(name="norm1")(x, train))
-        x = _conv(self.width, 3, stride=self.stride, dtype=self.dtype, name="conv2")(x)
+        x = Conv3x3(self.width, self.stride, self.dtype, conv_init, name="conv2")(x)
         x = nn.relu(BatchNorm(name="norm2")(x, train))
         x = BatchNorm(name="norm3")(dense(4 * self.width, name="conv3")(x), train)
         return nn.relu(shortcut + DropPath(self.drop_path)(x, train))
@@ -139,20 +149,6 @@ class Shortcut(nn.Module):
         )
         x = dense(x[:, :: self.stride, :: self.stride])
         return BatchNorm(name="norm")(x, train)
-
-
-def _conv(width, side, *, stride=1, dtype, name):
-    """A convolution without bias, padded by side // 2 zeros all round."""
-    return nn.Conv(
-        width,
-        (side, side),
-        strides=stride,
-        padding=side // 2,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=conv_init,
-        name=name,
-    )
 
 
 def max_pool3x3(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
