@@ -2,9 +2,8 @@
 
 XLA computes the weight gradient of a convolution as a convolution over the batch, for which it
 transposes both images and gradients: on a CPU that costs several times the arithmetic. Here it
-is one matrix product with the patches that the kernel met. Small maps are one product for each
-place of the kernel instead, forwards and backwards: where the result is 2x2 pixels, XLA's own
-takes a hundred times as long as that.
+is one matrix product with the patches that the kernel met. Small maps are such products forwards
+and backwards: where the result is 2x2 pixels, XLA's own takes a hundred times as long.
 """
 
 import functools
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-SMALL_MAP = 8  # pixels of a side of the result; up to there the products are the faster form
+SMALL_MAP = 4  # pixels of a side of the result; up to there a product is the faster form
 
 
 class Conv3x3(nn.Module):
@@ -39,7 +38,7 @@ def conv3x3(
     if jax.default_backend() != "cpu":
         return _lax_conv(x, kernel, stride)
     if -(-max(x.shape[1:3]) // stride) <= SMALL_MAP:
-        return _conv_by_products(x, kernel, stride)
+        return _product_with_patches(x, kernel, stride)
     return _conv_with_patches(x, kernel, stride)
 
 
@@ -53,27 +52,23 @@ def _lax_conv(x, kernel, stride):
     )
 
 
-def _taps(x, stride):
-    """The pixels that each of the nine places of the kernel meets: nine arrays [b, h2, w2, c]."""
+def _patches(x, stride):
+    """The pixels that the nine places of the kernel meet, side by side: [b, h2, w2, 9c]."""
     last = tuple(size - (size - 1) % stride for size in x.shape[1:3])
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return [
+    taps = [
         padded[:, i : i + last[0] : stride, j : j + last[1] : stride]
         for i in range(3)
         for j in range(3)
     ]
+    return jnp.concatenate(taps, axis=-1)
 
 
-def _conv_by_products(x, kernel, stride):
-    taps = _taps(x, stride)
-    matrices = kernel.reshape(9, *kernel.shape[2:])
-    pixels = [tap.reshape(-1, x.shape[-1]) for tap in taps]
-    products = [
-        jnp.dot(p, m, preferred_element_type=jnp.float32)
-        for p, m in zip(pixels, matrices, strict=True)
-    ]
-    y = functools.reduce(jnp.add, products).astype(x.dtype)
-    return y.reshape(*taps[0].shape[:3], -1)
+def _product_with_patches(x, kernel, stride):
+    patches = _patches(x, stride)
+    d = kernel.shape[-1]
+    y = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, d)
+    return y.reshape(*patches.shape[:3], d)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -88,7 +83,7 @@ def _forward(x, kernel, stride):
 def _backward(stride, saved, dy):
     x, kernel = saved
     _, input_gradient = jax.vjp(lambda x: _lax_conv(x, kernel, stride), x)
-    patches = jnp.concatenate(_taps(x, stride), axis=-1)
+    patches = _patches(x, stride)
     dkernel = lax.dot_general(
         patches.reshape(-1, patches.shape[-1]),
         dy.reshape(-1, dy.shape[-1]),
