@@ -3,7 +3,8 @@
 XLA computes the weight gradient of a convolution as a convolution over the batch, for which it
 transposes both images and gradients: on a CPU that costs several times the arithmetic. Here it
 is one matrix product with the patches that the kernel met. Small maps are such products forwards
-and backwards: where the result is 2x2 pixels, XLA's own takes a hundred times as long.
+and backwards: where the result is 2x2 pixels, XLA's own takes dozens of times as long
+(`benchmarks/conv3x3.py`).
 """
 
 import functools
