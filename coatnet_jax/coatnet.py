@@ -406,8 +406,9 @@ def pool2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     That makes ceil(h/2) rows, as many as the stride-2 convolution of the other branch.
     """
     b, h, w, c = x.shape
-    if h % 2 or w % 2:  # the mean of an edge pixel and its copy is the pixel
-        x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
+    # The mean of an edge pixel and its copy is the pixel.
+    x = jnp.concatenate([x, x[:, -1:]], axis=1) if h % 2 else x
+    x = jnp.concatenate([x, x[:, :, -1:]], axis=2) if w % 2 else x
     return x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).mean((2, 4))
 
 

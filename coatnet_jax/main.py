@@ -58,6 +58,8 @@ def _prepare_process() -> None:
     # But XLA crashes where it writes down what it compiled for several CPU devices.
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home() / "compiled"))
+        # By default only what took a second is kept: too long for the one photo of `predict`.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def _train(command: str, argv: list[str]) -> int:
