@@ -3,6 +3,7 @@ r"""Forward pass and training step of CoAtNet: ours against timm's, in interleav
     pip install -e '.[parity]'
     python benchmarks/model_speed.py                             # coatnet_0, 224 px, batch 16
     python benchmarks/model_speed.py --models coatnet_0 --batch 256 --dtype bfloat16     # on a GPU
+    python benchmarks/model_speed.py --image-size 256 --dtype bfloat16 --cudnn           # the same
 
 Each contender is a process of its own that keeps its model, so that neither's allocator and threads
 touch the other's; they take turns, and the table shows medians over the rounds that follow
@@ -215,13 +216,17 @@ class Process:
         self.process.join()
 
 
-def compare(name: str, *, size: int, batch: int, dtype: str, rounds: int, scan: bool) -> None:
+def compare(
+    name: str, *, size: int, batch: int, dtype: str, rounds: int, scan: bool, cudnn: bool
+) -> None:
     """Prints the table of one model."""
     import importlib.util
 
     contenders = {"ours": (Ours, {})}
     if scan:
         contenders["ours, scan"] = (Ours, {"scan": True})
+    if cudnn:
+        contenders["ours, cuDNN attention"] = (Ours, {"attention": "cudnn"})
     if importlib.util.find_spec("timm") and importlib.util.find_spec("torch"):
         contenders["timm"] = (Timm, {})
         if _has_cuda():
@@ -286,6 +291,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scan", action="store_true", help="ours with scanned blocks as well")
+    parser.add_argument("--cudnn", action="store_true", help="ours with cuDNN attention as well")
     arguments = parser.parse_args()
     for name in arguments.models:
         compare(
@@ -295,6 +301,7 @@ def main() -> None:
             dtype=arguments.dtype,
             rounds=arguments.rounds,
             scan=arguments.scan,
+            cudnn=arguments.cudnn,
         )
 
 
