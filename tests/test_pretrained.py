@@ -1,9 +1,15 @@
 """timm's weights brought in as a run: what is written, and a fine-tuning that starts from it."""
 
+import hashlib
 import json
+import os
 import re
+import subprocess
 import sys
+import threading
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +17,7 @@ import jax.numpy as jnp
 import make_timm_fixtures as made
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 from test_weight_files import write_torch
 
 from coatnet_jax import coatnet_rw, finetune, inference, pretrained, sharding, stage
@@ -19,6 +25,7 @@ from coatnet_jax.config import load_config, read_config
 from coatnet_jax.import_timm import expected_weights, import_timm
 from coatnet_jax.inference import build_model, load_run
 from coatnet_jax.main import main
+from coatnet_jax.weight_files import read_weights
 
 NAME = "coatnet_nano_rw"
 HALVES = [0.5, 0.5, 0.5]
@@ -146,6 +153,56 @@ def test_a_name_is_fetched_from_the_hub(state, tmp_path, monkeypatch):
     hub.hf_hub_download = unreachable
     with pytest.raises(ValueError, match=r"fetched \(no route\); download https://hugging"):
         pretrained.download(f"timm/{NAME}_224")
+
+
+FETCH = "import sys; from coatnet_jax.pretrained import download; print(download(sys.argv[1]))"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as a download asks for; `files` are by address."""
+
+    files: dict[str, bytes] = {}
+
+    def do_HEAD(self):
+        body = self.files.get(self.path)
+        self.send_response(200 if body else 404)
+        self.send_header("Content-Length", str(len(body or b"")))
+        if body:
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "1" * 40)
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(self.files.get(self.path, b""))
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_hub_package_fetches_weights_over_http(state, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    at = f"/timm/{NAME}_224.sw_in1k/resolve/main/"
+    about = json.dumps({"architecture": f"{NAME}_224"}).encode()
+    Hub.files = {at + "config.json": about, at + "model.safetensors": save(state)}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # The package reads its address when it is imported: a process of its own.
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH, NAME],
+            env={
+                **os.environ,
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "HF_HOME": str(tmp_path),
+            },
+            capture_output=True,
+            text=True,
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    path = Path(done.stdout.strip())
+    assert (path.parent / "config.json").read_bytes() == about
+    jax.tree.map(np.testing.assert_array_equal, read_weights(path), state)
 
 
 def test_bad_input_is_one_line(state, imported, tmp_path, monkeypatch, capsys):
