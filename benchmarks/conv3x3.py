@@ -7,13 +7,12 @@ medians of --rounds, in milliseconds; a ratio over 1 says that ours is faster.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from interleaved import median_milliseconds
 
 from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.conv import conv3x3
@@ -66,15 +65,7 @@ def main() -> None:
         shapes = ((arguments.batch, side, side, width), (3, 3, width, width))
         args = [jnp.ones(s) for s in (*shapes, (arguments.batch, after, after, width))]
         steps = [training_step(partial(conv, stride=stride)) for conv in (conv3x3, xla)]
-        for step in steps:
-            jax.block_until_ready(step(*args))  # compiles
-        times = [[], []]
-        for _ in range(arguments.rounds):
-            for step, taken in zip(steps, times, strict=True):
-                started = time.perf_counter()
-                jax.block_until_ready(step(*args))
-                taken.append(1000 * (time.perf_counter() - started))
-        ours, theirs = map(statistics.median, times)
+        ours, theirs = median_milliseconds(steps, args, rounds=arguments.rounds)
         rows.append(
             {
                 "map": f"{side}x{side}x{width}, stride {stride}",

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from coatnet_jax.batchnorm import BatchNorm, gelu
 from coatnet_jax.conv import Conv3x3
 from coatnet_jax.depthwise import depthwise_conv
+from coatnet_jax.products import product
 
 EXPANSION = 4  # of MBConv and of the feed-forward layer, counted from the block's own width
 SMALLEST_IMAGE = 32
@@ -389,6 +390,11 @@ class DropPath(nn.Module):
         return jnp.where(kept, x / jnp.asarray(keep, x.dtype), 0)
 
 
+def _as_one_product(x, kernel, *_, **__):
+    y = product(x.reshape(-1, x.shape[-1]), kernel)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Dense(nn.Dense):
     """Flax's Dense over the last axis, as one product of two matrices.
 
@@ -396,8 +402,7 @@ class Dense(nn.Dense):
     on a CPU that takes ten times as long as the product.
     """
 
-    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch d"]:
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+    dot_general: Callable = _as_one_product
 
 
 def pool2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

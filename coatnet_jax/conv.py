@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from coatnet_jax.products import product, weight_gradient
+
 SMALL_MAP = 4  # pixels of a side of the result; up to there a product is the faster form
 
 
@@ -68,7 +70,7 @@ def _patches(x, stride):
 def _product_with_patches(x, kernel, stride):
     patches = _patches(x, stride)
     d = kernel.shape[-1]
-    y = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, d)
+    y = product(patches.reshape(-1, patches.shape[-1]), kernel.reshape(-1, d))
     return y.reshape(*patches.shape[:3], d)
 
 
@@ -85,11 +87,8 @@ def _backward(stride, saved, dy):
     x, kernel = saved
     _, input_gradient = jax.vjp(lambda x: _lax_conv(x, kernel, stride), x)
     patches = _patches(x, stride)
-    dkernel = lax.dot_general(
-        patches.reshape(-1, patches.shape[-1]),
-        dy.reshape(-1, dy.shape[-1]),
-        (((0,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
+    dkernel = weight_gradient(
+        patches.reshape(-1, patches.shape[-1]), dy.reshape(-1, dy.shape[-1]), dtype=jnp.float32
     )
     return *input_gradient(dy), dkernel.reshape(kernel.shape).astype(kernel.dtype)
 
