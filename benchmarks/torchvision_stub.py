@@ -13,6 +13,8 @@ _LIBRARIES = []
 
 def make_importable() -> None:
     """Call it before torchvision or timm is imported; a second call does nothing."""
+    if "torchvision" in sys.modules:
+        return
     if importlib.util.find_spec("torchvision") is None:
         _stand_in()
     elif not _LIBRARIES:

@@ -1,7 +1,7 @@
 """Matrix products whose weight gradient suits the CPU.
 
-XLA's CPU product that sums over the rows of two tall matrices reaches half of its speed, or less,
-where the result has more rows than columns: it is computed the other way round then, and turned
+XLA's CPU product that sums over the rows of two tall matrices loses up to half of its speed where
+the result has more rows than columns: it is computed the other way round then, and turned
 (`benchmarks/products.py`). Other backends take the product as it is.
 """
 

@@ -3,18 +3,16 @@
 Weights and image follow from names and shapes alone, so that a test builds them again, without
 torch, and needs only the few numbers in the file. Run where torch and timm are installed:
 
-    python tests/make_timm_fixtures.py            # from the repository's folder
+    PYTHONPATH=benchmarks python tests/make_timm_fixtures.py      # from the repository's folder
 """
 
 import functools
 import hashlib
-import importlib.util
+import importlib
 import json
-import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 
@@ -81,15 +79,11 @@ def shapes_digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 @functools.cache
 def timm():
-    """The package; torchvision, of which its CoAtNets need nothing, may be missing."""
-    names = ["", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets"]
-    names += [".models", ".models.feature_extraction"]
-    stubs = {f"torchvision{name}": mock.MagicMock(__path__=[], __spec__=None) for name in names}
-    stubs["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
-    if importlib.util.find_spec("torchvision"):
-        stubs = {}
-    with mock.patch.dict(sys.modules, stubs):
-        return importlib.import_module("timm")
+    """The package; torchvision, of which the models here need nothing, may be missing."""
+    from torchvision_stub import make_importable
+
+    make_importable()
+    return importlib.import_module("timm")
 
 
 def timm_model(name: str, **options):

@@ -1,10 +1,10 @@
 """timm's baselines with random weights, copied, against ours: the same features."""
 
+import importlib.util
 import re
-import sys
-from unittest import mock
 
 import jax
+import make_timm_fixtures as made
 import numpy as np
 import pytest
 
@@ -36,20 +36,10 @@ MOBILE = [(1, 0), (1, 1), (2, 0), (3, 0), (3, None), (4, 0), (4, None)]
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm; torchvision, which it imports and does not use here, may be missing."""
     pytest.importorskip("torch")
-    names = ["", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets"]
-    names += [".models", ".models.feature_extraction"]
-    stubs = {f"torchvision{name}": mock.MagicMock(__path__=[], __spec__=None) for name in names}
-    stubs["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
-    try:
-        import torchvision
-
-        stubs = {"torchvision": torchvision}
-    except ImportError:
-        pass
-    with mock.patch.dict(sys.modules, stubs):
-        yield pytest.importorskip("timm")
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    return made.timm()
 
 
 def resnet_module(module, leaf, state):
