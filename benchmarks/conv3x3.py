@@ -7,12 +7,13 @@ medians of --rounds, in milliseconds; a ratio over 1 says that ours is faster.
 """
 
 import argparse
+import statistics
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from interleaved import median_milliseconds
+from interleaved import seconds_in_turns, waited_for
 
 from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.conv import conv3x3
@@ -64,8 +65,12 @@ def main() -> None:
         after = -(-side // stride)
         shapes = ((arguments.batch, side, side, width), (3, 3, width, width))
         args = [jnp.ones(s) for s in (*shapes, (arguments.batch, after, after, width))]
-        steps = [training_step(partial(conv, stride=stride)) for conv in (conv3x3, xla)]
-        ours, theirs = median_milliseconds(steps, args, rounds=arguments.rounds)
+        steps = {
+            name: waited_for(training_step(partial(conv, stride=stride)), *args)
+            for name, conv in (("ours", conv3x3), ("xla", xla))
+        }
+        taken = seconds_in_turns(steps, arguments.rounds).values()
+        ours, theirs = (1000 * statistics.median(seconds) for seconds in taken)
         rows.append(
             {
                 "map": f"{side}x{side}x{width}, stride {stride}",

@@ -1,22 +1,23 @@
 """Timing of functions in turns, so that what slows the machine meets all of them alike."""
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 
 
-def median_milliseconds(
-    functions: Sequence[Callable], arguments: Sequence, *, rounds: int
-) -> list[float]:
-    """Medians over `rounds` of each function's time, after a call of each that compiles."""
-    for function in functions:
-        jax.block_until_ready(function(*arguments))
-    times = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, taken in zip(functions, times, strict=True):
+def seconds_in_turns(timed: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list]:
+    """Seconds that each function took in each round, after a call of each that is not measured."""
+    seconds = {name: [] for name in timed}
+    for number in range(rounds + 1):
+        for name, function in timed.items():
             started = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            taken.append(1000 * (time.perf_counter() - started))
-    return [statistics.median(taken) for taken in times]
+            function()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def waited_for(function: Callable, *arguments) -> Callable[[], object]:
+    """A call of `function` that ends when its arrays are there."""
+    return lambda: jax.block_until_ready(function(*arguments))

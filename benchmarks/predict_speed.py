@@ -16,13 +16,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from dlib_package import load
+from interleaved import seconds_in_turns
 from wild_photos import picked_photos
 
 from coatnet_jax.allocator import keep_freed_memory
@@ -75,20 +75,14 @@ def main() -> None:
 def medians(timed: Timed, rounds: int, scale: float) -> list[dict[str, str]]:
     """Every function once unmeasured, then in interleaved rounds: median, least, and the ratio to
     the first one's median."""
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for number in range(rounds + 1):
-        for name, function in timed.items():
-            start = time.perf_counter()
-            function()
-            if number:
-                seconds[name].append(scale * (time.perf_counter() - start))
-    found = {name: statistics.median(values) for name, values in seconds.items()}
+    seconds = seconds_in_turns(timed, rounds)
+    found = {name: scale * statistics.median(values) for name, values in seconds.items()}
     ours = next(iter(found.values()))
     return [
         {
             "": name,
             "median": f"{found[name]:.2f}",
-            "least": f"{min(seconds[name]):.2f}",
+            "least": f"{scale * min(seconds[name]):.2f}",
             "ratio to ours": f"{found[name] / ours:.2f}",
         }
         for name in timed

@@ -9,10 +9,11 @@ our time makes in GFLOP/s; a ratio over 1 says that ours is faster.
 
 import argparse
 import math
+import statistics
 
 import jax
 import jax.numpy as jnp
-from interleaved import median_milliseconds
+from interleaved import seconds_in_turns, waited_for
 
 from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.pages import markdown_table
@@ -52,7 +53,9 @@ def main() -> None:
     rows = []
     for layer, (m, k, n) in LAYERS.items():
         args = [jnp.ones((m, k)), jnp.ones((m, n))]
-        mine, theirs = median_milliseconds((ours, xla), args, rounds=arguments.rounds)
+        both = {"ours": waited_for(ours, *args), "xla": waited_for(xla, *args)}
+        taken = seconds_in_turns(both, arguments.rounds).values()
+        mine, theirs = (1000 * statistics.median(seconds) for seconds in taken)
         rows.append(
             {
                 "layer": layer,
