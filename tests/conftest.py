@@ -10,9 +10,11 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 
+import importlib.util
 from pathlib import Path
 
 import jax
+import make_timm_fixtures
 import pytest
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
@@ -30,6 +32,15 @@ def real_faces() -> Path:
             f"no utkface-*.tar in {folder}; set COATNET_JAX_FACES to run this on real faces"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """timm, or skip where the extra `parity` is not installed."""
+    for package in ("torch", "timm"):  # found, not imported: timm wants torchvision first
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install '.[parity]' to run this")
+    return make_timm_fixtures.timm()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """timm's baselines with random weights, copied, against ours: the same features."""
 
-import importlib.util
 import re
 
 import jax
-import make_timm_fixtures as made
 import numpy as np
 import pytest
 
@@ -32,14 +30,6 @@ VIT = {"attn.qkv": "attention/qkv", "attn.proj": "attention/out", "mlp.fc1": "ml
 VIT |= {"mlp.fc2": "mlp2", "norm1": "norm1", "norm2": "norm2"}
 # Blocks of our stages, from timm's stages of a mobile net: (stage, first block).
 MOBILE = [(1, 0), (1, 1), (2, 0), (3, 0), (3, None), (4, 0), (4, None)]
-
-
-@pytest.fixture(scope="module")
-def timm():
-    pytest.importorskip("torch")
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
-    return made.timm()
 
 
 def resnet_module(module, leaf, state):

@@ -5,7 +5,6 @@ Without torch the logits come from a file that `make_timm_fixtures.py` wrote; wi
 """
 
 import dataclasses
-import importlib.util
 import json
 
 import jax
@@ -98,12 +97,8 @@ def test_other_weights_raise_with_both_sides(shallow):
 
 
 @pytest.fixture(scope="module")
-def torch():
-    torch = pytest.importorskip("torch")
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
-    made.timm()
-    return torch
+def torch(timm):
+    return pytest.importorskip("torch")
 
 
 def both(torch, timm_name, size):
