@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+MOMENTUM = 0.9  # the share of the running statistics that a step keeps
+
 
 class BatchNorm(nn.Module):
     """BatchNorm over all axes but the last, with timm's epsilon, then GELU if asked for.
@@ -25,7 +27,7 @@ class BatchNorm(nn.Module):
     """
 
     gelu: bool = False
-    momentum: float = 0.9
+    momentum: float = MOMENTUM
     epsilon: float = 1e-5
 
     @nn.compact

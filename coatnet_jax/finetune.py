@@ -15,7 +15,7 @@ from coatnet_jax.age_losses import age_distribution, get_age_loss
 from coatnet_jax.ages import age_class, check_ages, expected_age, get_decoder
 from coatnet_jax.augment import mixup, supervised_view
 from coatnet_jax.heads import N_GENDERS, N_RACES, AgeModel
-from coatnet_jax.inference import Run, build_model, check_sides, image_format, predict_split
+from coatnet_jax.inference import Run, build_model, image_format, predict_split, sides_of
 from coatnet_jax.losses import balanced_weights, cross_entropy
 from coatnet_jax.metrics import accuracy, mae
 from coatnet_jax.progressive import check_sizes, growing_step, params_for
@@ -35,7 +35,7 @@ def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting
     # What is misspelled should fail before anything is loaded.
     get_age_loss(config.loss.name)
     get_decoder(config.loss.get("decode", "median"))
-    check_sides(config.get("eval_sides", (1.0,)))
+    sides_of(config)
     augment = config.augment
     check_rand_augment(
         augment.get("rand_augment_ops", 0), augment.get("rand_augment_magnitude", 9.0)
@@ -87,12 +87,11 @@ def _make_step(
 ) -> Any:
     """The train step of a config for views of `size` pixels; `labels` are the training split's."""
     balanced = config.loss.get("balanced", False)
-    view = {**image_format(config), **config.augment.to_dict(), "size": size}
     return partial(
         finetune_train_step,
         model=model,
         tx=tx,
-        view=partial(supervised_view, **view),
+        view=training_view(config, size),
         loss_name=config.loss.name,
         sigma=config.loss.sigma,
         gender_weight=config.loss.gender,
@@ -102,6 +101,13 @@ def _make_step(
         mixup_alpha=config.mixup,
         ema=config.ema,
         smaller=size != config.model.image_size,
+    )
+
+
+def training_view(config: ml_collections.ConfigDict, size: int) -> Callable:
+    """`(key, images) -> views` of `size` pixels, augmented as the config says."""
+    return partial(
+        supervised_view, **{**image_format(config), **config.augment.to_dict(), "size": size}
     )
 
 

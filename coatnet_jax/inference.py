@@ -74,6 +74,11 @@ def check_sides(sides: Sequence[float]) -> tuple[float, ...]:
     return sides
 
 
+def sides_of(config: ml_collections.ConfigDict) -> tuple[float, ...]:
+    """The `eval_sides` of a run's config, checked; of an older one the whole picture."""
+    return check_sides(config.get("eval_sides", (1.0,)))
+
+
 VIEW = ("size", "mean", "std")  # static arguments of the steps, those of `image_format`
 
 
@@ -201,7 +206,7 @@ class Run:
     @property
     def sides(self) -> tuple[float, ...]:
         """Shares of a picture's side of the centres whose probabilities are averaged."""
-        return check_sides(self.config.get("eval_sides", (1.0,)))  # runs of old do not say it
+        return sides_of(self.config)
 
     @property
     def answers_one_age(self) -> bool:

@@ -248,6 +248,14 @@ def _parser() -> argparse.ArgumentParser:
             help="average over the centres with these shares of the side (default: the run's own)",
         )
 
+    soup = add("soup", _soup, "the mean of the weights of fine-tuned runs, as a run of its own")
+    soup.add_argument("run_dirs", nargs="+", metavar="RUN", help="workdirs of fine-tuning runs")
+    soup.add_argument("--workdir", required=True, help="folder to write")
+    soup.add_argument(
+        "--uniform", action="store_true", help="of all runs (default: those that help validation)"
+    )
+    soup.add_argument("--root", help="folder for built data (default: the first run's)")
+
     models = add("models", _models, "the backbones: size, multiply-adds, feature width, source")
     models.add_argument("names", nargs="*", metavar="NAME", help="backbones (default: all)")
     models.add_argument("--image-size", type=int, default=224, help="in pixels (default: 224)")
@@ -438,6 +446,13 @@ def _release(arguments: argparse.Namespace) -> None:
 
     data = _data_of(arguments.run_dir, root=arguments.root)
     write_release(Path(arguments.run_dir), data, Path(arguments.out), sides=arguments.sides)
+
+
+def _soup(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.soup import run
+
+    data = _data_of(arguments.run_dirs[0], root=arguments.root)
+    run(arguments.run_dirs, Path(arguments.workdir), data, uniform=arguments.uniform)
 
 
 def _models(arguments: argparse.Namespace) -> None:

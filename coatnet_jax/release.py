@@ -50,6 +50,8 @@ def write_release(
     save_config(config, out / "config.json")
     told = json.loads((run_dir / "run.json").read_text())
     run = {key: told[key] for key in KEPT if key in told} | {"before": before}
+    if "soup" in told:
+        run["averaged"] = _taken(told)
     write_json(out / "run.json", run)
     report = run_dir / "released"
     result = evaluate.run(out, data_folder, out=report, show_faces=False)
@@ -85,8 +87,15 @@ def _stages_before(init_from: str) -> list[dict[str, Any]]:
         told |= {"data": config.data.name, "epochs": config.epochs}
         told |= {"method": config.method} if "method" in config else {}
     record = path.with_name("run.json")
-    released = json.loads(record.read_text()).get("before", []) if record.is_file() else []
-    return [*(released or _stages_before(config.get("init_from", ""))), told]
+    run = json.loads(record.read_text()) if record.is_file() else {}
+    if averaged := run.get("averaged", _taken(run) if "soup" in run else 0):
+        told["averaged"] = averaged
+    return [*(run.get("before") or _stages_before(config.get("init_from", ""))), told]
+
+
+def _taken(run: dict[str, Any]) -> int:
+    """The number of runs whose mean a soup's run.json tells of."""
+    return sum(row["taken"] for row in run["soup"]["runs"])
 
 
 def _other_sets(run_dir: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import ml_collections
 
+from coatnet_jax.inference import sides_of
 from coatnet_jax.terms import DISCOURAGED, LIMITS, OTHER_LIMITS, data_terms
 
 HEADINGS = {"age": "Age band", "gender": "Gender, as labelled", "race": "Group, as labelled"}
@@ -44,9 +45,11 @@ def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
     before = run.get("before", [])
     start = f"after {' and '.join(map(_stage, before))}" if before else "from random weights"
     outside = any(stage["stage"] == "timm" for stage in before)
+    averaged = run.get("averaged", 1)
+    mean = f", the mean of {averaged} such runs (arXiv 2203.05482)" if averaged > 1 else ""
     return (
-        f"{run['parameters'] / 1e6:.2f} M parameters, kept in bfloat16. Fine-tuned on the training "
-        f"split of `{config.data.name}` for {config.epochs:g} epochs, {start}"
+        f"{run['parameters'] / 1e6:.2f} M parameters, kept in bfloat16{mean}. Fine-tuned on the "
+        f"training split of `{config.data.name}` for {config.epochs:g} epochs, {start}"
         f"{'' if outside else ', with no outside weights or labels'}; seed {config.seed}, data "
         f"fingerprint `{run['data_fingerprint'][:16]}`, revision `{run['git_revision']}`, "
         f"{', '.join(run['devices'])}, {run['wall_seconds'] / 60:.0f} minutes. Its answer is the "
@@ -56,7 +59,7 @@ def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
 
 
 def _views(config: ml_collections.ConfigDict) -> str:
-    shares = [f"{100 * side:.0f} %" for side in config.get("eval_sides", (1.0,))]
+    shares = [f"{100 * side:.0f} %" for side in sides_of(config)]
     if shares == ["100 %"]:
         return "the picture"
     return f"the centres of the picture with {' and '.join(shares)} of its side"
@@ -66,7 +69,8 @@ def _stage(stage: Mapping[str, Any]) -> str:
     if stage["stage"] == "timm":
         return f"the training of timm's `{stage['name']}`, outside of this project"
     if stage["stage"] == "finetune":
-        what = "an earlier fine-tuning"
+        averaged = stage.get("averaged", 1)
+        what = f"the mean of {averaged} fine-tunings" if averaged > 1 else "an earlier fine-tuning"
     else:
         what = f"{stage['method']} pre-training"
     where = f"at {stage['image_size']} px on the training split of `{stage['data']}`"
@@ -106,15 +110,20 @@ def _groups(result: Mapping[str, Any]) -> list[str]:
             (
                 row["group"],
                 f"{row['support']:,}",
-                f"{row['mae']:.2f} ({row['mae_interval'][0]:.2f}-{row['mae_interval'][1]:.2f})",
+                f"{row['mae']:.2f}{_range(row['mae_interval'])}",
                 f"{row['bias']:+.2f}",
             )
             for row in result["groups"]
-            if row["by"] == by
+            if row["by"] == by and row["support"]
         ]
         if rows:
             parts.append(_table((heading, "faces", "MAE, years (95 %)", "bias, years"), rows))
     return parts
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    """' (low-high)'; nothing for a single face, which has no interval."""
+    return f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""
 
 
 def _calibration(result: Mapping[str, Any]) -> str:

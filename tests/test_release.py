@@ -31,6 +31,10 @@ METRICS = {
     "groups": [
         {"by": "age", "group": "0–9", "support": 9, "mae": 3.25, "mae_interval": [2.0, 4.0],
          "bias": 1.5},
+        {"by": "age", "group": "80–89", "support": 1, "mae": 7.25, "mae_interval": None,
+         "bias": -7.25},
+        {"by": "age", "group": "90–99", "support": 0, "mae": None, "mae_interval": None,
+         "bias": None},
         {"by": "gender × race", "group": "other", "support": 9, "mae": 9.99,
          "mae_interval": [2.0, 4.0], "bias": 1.5},
     ],
@@ -178,12 +182,14 @@ def test_card_says_results_by_group_terms_and_use():
         "the mean over the centres of the picture with 100 % and 90 % of its side and the mirror",
         "| mean absolute error, years | 6.50 | 6.00-7.00 | 15.00 |",
         "| 0–9 | 9 | 3.25 (2.00-4.00) | +1.50 |",
+        "| 80–89 | 1 | 7.25 | -7.25 |",
         "hold 91.0 % of the ages and are 25.0 years wide",
         "| wild, all | 1,774 | 8.75 | 75.0 % | 91.0 % |",
         "non-commercial research",
         "Do not use it to decide anything about a person",
     ):
         assert text in card, text
+    assert "90–99" not in card  # no face
     assert "9.99" not in card  # crossings are in evaluation.json
 
 

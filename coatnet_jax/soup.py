@@ -1,0 +1,248 @@
+"""Model soups: the mean of the weights of several fine-tuned runs (arXiv 2203.05482).
+
+    coatnet-jax soup runs/a runs/b runs/c --workdir=runs/soup
+
+Runs that started from the same weights often end in one valley of the loss. Their mean then errs
+less than each of them, nearly as their ensemble does, and is one model to keep and to run. The
+greedy soup takes the best run by validation and adds another, in the order of their errors, where
+the mean with it errs less on validation. The test split is never looked at.
+
+The statistics of BatchNorm are measured anew for every mean, on training faces: those of the mean's
+activations are not the mean of the runs' (arXiv 1803.05407).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, UInt8
+
+from coatnet_jax.ages import get_decoder
+from coatnet_jax.batchnorm import MOMENTUM
+from coatnet_jax.checkpoint import FOLDER, load_variables, save_variables
+from coatnet_jax.compare import flat
+from coatnet_jax.config import read_config
+from coatnet_jax.finetune import training_view
+from coatnet_jax.inference import Run, build_model, predict_split
+from coatnet_jax.logs import update_run_info, write_run_info
+from coatnet_jax.metrics import mae
+from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_batch
+from coatnet_jax.terms import model_card
+from input_pipeline.pipeline import Faces, open_split, train_loader
+
+# What has to agree for weights to mean the same; the rest of the recipe may differ.
+ALIKE = ("model.name", "model.image_size", "model.mean", "model.std", "loss.name", "data.name")
+FACES = 6400  # training faces that the statistics are measured on
+
+
+def run(
+    run_dirs: Sequence[str | Path],
+    workdir: Path,
+    data_folder: Path,
+    *,
+    uniform: bool = False,
+    batch_size: int = 256,
+) -> dict[str, Any]:
+    """Write the mean of the runs' best checkpoints as a run of its own into `workdir`.
+
+    Greedy by the error on the validation split of `data_folder`, or with `uniform` all of them.
+    Gives back what run.json tells under `soup`: each run's error in years, whether it was taken,
+    and the mean's error. Raises ValueError for less than two runs, runs that differ in model, loss
+    or data, and where `workdir` holds a run already.
+    """
+    paths = [Path(path) for path in run_dirs]
+    if len({path.resolve() for path in paths}) < max(2, len(paths)):
+        raise ValueError("give two different runs or more to take the mean of")
+    if (workdir / FOLDER).is_dir():
+        raise ValueError(f"{workdir} holds a run already; give a new --workdir")
+    configs, told = _read_alike(paths)
+    weights = [load_variables(path)[0] for path in paths]
+    _check_same_shapes(paths, weights)
+    splits = configs[0].data.splits
+    train = open_split(data_folder, "train", splits=splits)
+    if train.fingerprint != told[0]["data_fingerprint"]:
+        raise ValueError(
+            f"{data_folder} ({splits}) has the fingerprint {train.fingerprint[:16]}, the runs were "
+            f"trained on {told[0]['data_fingerprint'][:16]}: prepare the data as they were"
+        )
+    validation = open_split(data_folder, "validation", splits=splits)
+
+    def error(config: ml_collections.ConfigDict, variables: Any) -> float:
+        return validation_error(config, variables, validation, batch_size=batch_size)
+
+    def mix(chosen: Sequence[int]) -> tuple[Any, float]:
+        # The views, and so the statistics, are those of the best run's training.
+        config, mean = configs[chosen[0]], mean_variables([weights[i] for i in chosen])
+        mean = with_new_statistics(config, mean, train)
+        found = error(config, mean)
+        names = " + ".join(paths[i].name for i in chosen)
+        print(f"[soup] {names}: validation error {found:.3f} years", flush=True)
+        return mean, found
+
+    errors = []
+    for path, config, variables in zip(paths, configs, weights, strict=True):
+        errors.append(error(config, variables))
+        print(f"[soup] {path}: validation error {errors[-1]:.3f} years", flush=True)
+    order = sorted(range(len(paths)), key=errors.__getitem__)
+    if uniform:
+        chosen, (variables, found) = order, mix(order)
+    else:
+        first = weights[order[0]], errors[order[0]]
+        chosen, (variables, found) = greedy(order, first, mix)
+    config = configs[chosen[0]]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    fingerprint = told[0]["data_fingerprint"]
+    save_variables(workdir, variables)
+    write_run_info(workdir, config, data_fingerprint=fingerprint, parameters=parameters)
+    soup = {
+        "validation_mae": round(found, 4),
+        "runs": [
+            {
+                "run": str(paths[i]),
+                "validation_mae": round(errors[i], 4),
+                "taken": i in chosen,
+                "seed": configs[i].seed,
+                "epochs": configs[i].epochs,
+                "git_revision": told[i]["git_revision"],
+            }
+            for i in order
+        ],
+    }
+    seconds = sum(told[i].get("wall_seconds", 0.0) for i in chosen)
+    update_run_info(workdir, wall_seconds=round(seconds, 1), finished=True, step=0, soup=soup)
+    card = model_card(config, parameters=parameters, fingerprint=fingerprint)
+    (workdir / "MODEL_CARD.md").write_text(card)
+    print(
+        f"[soup] {len(chosen)} of {len(paths)} runs, validation error {found:.3f} years (the "
+        f"best alone: {errors[order[0]]:.3f}); written to {workdir}"
+    )
+    return soup
+
+
+def greedy(
+    order: Sequence[int], first: tuple[Any, float], mix: Callable
+) -> tuple[list[int], tuple[Any, float]]:
+    """(those taken, (weights, error) of their mean), the greedy soup of arXiv 2203.05482.
+
+    `order` begins with the best, whose (weights, error) are `first`; `mix(some)` gives those of
+    the mean of some. One is taken where the error with it is smaller.
+    """
+    chosen, best = [order[0]], first
+    for i in order[1:]:
+        tried = mix([*chosen, i])
+        if tried[1] < best[1]:
+            chosen, best = [*chosen, i], tried
+    return chosen, best
+
+
+def mean_variables(several: Sequence[Any]) -> Any:
+    """The mean of trees of the same arrays, summed in float64."""
+    return jax.tree.map(
+        lambda *leaves: np.mean([np.asarray(x, np.float64) for x in leaves], axis=0).astype(
+            leaves[0].dtype
+        ),
+        *several,
+    )
+
+
+def validation_error(
+    config: ml_collections.ConfigDict, variables: Any, faces: Faces, *, batch_size: int
+) -> float:
+    """Mean absolute error in years of the ages as `evaluate` reads them: centres, mirror images."""
+    mesh = make_mesh()
+    run = Run(config, replicate(variables, mesh), mesh, batch_size=batch_size)
+    p, labels = predict_split(run, faces, run.probabilities, batch_size)
+    return mae(labels["age"], get_decoder(run.decode)(p))
+
+
+def with_new_statistics(
+    config: ml_collections.ConfigDict, variables: Any, faces: Faces, *, n_faces: int = FACES
+) -> Any:
+    """`variables` with BatchNorm's statistics measured on views of `n_faces` training faces.
+
+    Views and batches are those of the config's training; every batch has the same weight. A model
+    without BatchNorm is given back as it is.
+    """
+    if not jax.tree.leaves(variables["batch_stats"]):
+        return variables
+    mesh = make_mesh()
+    check_batch_size(config.batch_size, mesh)
+    step = partial(
+        _statistics_step,
+        model=build_model(config),
+        view=training_view(config, config.model.image_size),
+    )
+    params = replicate(variables["params"], mesh)
+    zeros = replicate(jax.tree.map(np.zeros_like, variables["batch_stats"]), mesh)
+    batches = train_loader(
+        faces, batch_size=config.batch_size, image_size=config.data.image_size, seed=config.seed
+    )
+    steps = -(-n_faces // config.batch_size)
+    total = zeros
+    for number, batch in enumerate(islice(batches, steps)):
+        images = shard_batch({"image": batch["image"]}, mesh)["image"]
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        total = jax.tree.map(jnp.add, total, step(params, zeros, images, key))
+    # A running average that starts at zero is after one batch that share of the batch's own.
+    share = steps * (1 - MOMENTUM)
+    return {**variables, "batch_stats": jax.tree.map(lambda x: np.asarray(x / share), total)}
+
+
+@partial(jax.jit, static_argnames=("model", "view"))
+def _statistics_step(
+    params: Any,
+    statistics: Any,
+    images: UInt8[Array, "b h w 3"],
+    key: jax.Array,
+    *,
+    model: nn.Module,
+    view: Callable,
+) -> Any:
+    """The running `statistics` after one batch of training."""
+    key_view, key_dropout = jax.random.split(key)
+    _, mutated = model.apply(
+        {"params": params, "batch_stats": statistics},
+        view(key_view, images),
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": key_dropout},
+    )
+    return mutated["batch_stats"]
+
+
+def _read_alike(paths: Sequence[Path]) -> tuple[list[ml_collections.ConfigDict], list[dict]]:
+    """The configs and run.json of fine-tuned runs; ValueError where they do not fit together."""
+    configs = [read_config(path / "config.json") for path in paths]
+    told = [json.loads((path / "run.json").read_text()) for path in paths]
+    for path, config in zip(paths, configs, strict=True):
+        if config.stage != "finetune":
+            raise ValueError(f"{path} is a {config.stage} run; give runs of finetune")
+    values = [flat(config.to_dict()) for config in configs]
+    for path, theirs, their_run in zip(paths[1:], values[1:], told[1:], strict=True):
+        differing = [
+            f"{key} {theirs.get(key)} there, {values[0].get(key)} in {paths[0]}"
+            for key in ALIKE
+            if theirs.get(key) != values[0].get(key)
+        ]
+        if their_run["data_fingerprint"] != told[0]["data_fingerprint"]:
+            differing.append("other training faces")
+        if differing:
+            raise ValueError(f"{path} cannot be averaged with the others: {'; '.join(differing)}")
+    return configs, told
+
+
+def _check_same_shapes(paths: Sequence[Path], weights: Sequence[Any]) -> None:
+    shapes = [jax.tree.map(np.shape, variables) for variables in weights]
+    for path, shape in zip(paths, shapes, strict=True):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"{path} has other weights than {paths[0]}: average runs of one config.model"
+            )

@@ -1,0 +1,193 @@
+"""The mean of several runs: its weights, its BatchNorm statistics, which runs are taken, errors."""
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from coatnet_jax import coatnet, evaluate, inference, release, sharding, soup
+from coatnet_jax.batchnorm import BatchNorm
+from coatnet_jax.checkpoint import load_variables, save_variables
+from coatnet_jax.config import load_config
+from coatnet_jax.inference import build_model
+from coatnet_jax.train_state import init_variables
+from input_pipeline.images import decode_image
+from input_pipeline.pipeline import open_split
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles(compiled_once):
+    with pytest.MonkeyPatch.context() as patch:
+        small = coatnet.CoAtNetConfig((8, 8, 16, 32, 32), (1, 1, 1, 1, 1))
+        patch.setitem(coatnet.VARIANTS, "coatnet_atto", small)
+        for user in (soup, inference):
+            patch.setattr(user, "make_mesh", partial(sharding.make_mesh, 1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(drawn_root):
+    config = load_config("finetune:atto,drawn")
+    config.data.root, config.data.image_size, config.model.image_size = str(drawn_root), 32, 32
+    config.batch_size = 16
+    return config
+
+
+@pytest.fixture(scope="module")
+def variables(config):
+    start = init_variables(jax.random.key(0), build_model(config), image_size=32)
+    return jax.tree.map(np.asarray, start)
+
+
+@pytest.fixture
+def write_run(drawn_root, tmp_path):
+    fingerprint = open_split(drawn_root / "drawn", "train").fingerprint
+
+    def write(name, config, variables, **told):
+        save_variables(tmp_path / name, variables)
+        (tmp_path / name / "config.json").write_text(config.to_json())
+        told = {"data_fingerprint": fingerprint, "git_revision": "abc", "wall_seconds": 60.0} | told
+        (tmp_path / name / "run.json").write_text(json.dumps(told))
+        return tmp_path / name
+
+    return write
+
+
+def shifted(variables, seed, scale):
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda x: (x + scale * rng.normal(size=x.shape)).astype(x.dtype), variables["params"]
+    )
+    return {**variables, "params": params}
+
+
+def test_uniform_mean_is_a_run_that_is_evaluated_and_released(
+    config, variables, write_run, drawn_root, tmp_path
+):
+    some = [shifted(variables, seed, 0.02) for seed in range(3)]
+    runs = [write_run(f"run{i}", config, each) for i, each in enumerate(some)]
+    told = soup.run(runs, tmp_path / "soup", drawn_root / "drawn", uniform=True)
+    mean, step = load_variables(tmp_path / "soup")
+    assert step == 0
+    leaves = [jax.tree.leaves(each["params"]) for each in some]
+    for found, *theirs in zip(jax.tree.leaves(mean["params"]), *leaves, strict=True):
+        np.testing.assert_allclose(found, sum(theirs) / 3, rtol=1e-5, atol=1e-6)
+    assert [row["taken"] for row in told["runs"]] == [True] * 3
+    errors = [row["validation_mae"] for row in told["runs"]]
+    assert errors == sorted(errors)
+    run = json.loads((tmp_path / "soup" / "run.json").read_text())
+    assert run["soup"] == told and run["wall_seconds"] == 180
+    # What the soup says of itself and of its runs is what `evaluate` finds.
+    data = drawn_root / "drawn"
+    best = told["runs"][0]
+    for folder, said in (
+        (tmp_path / "soup", told["validation_mae"]),
+        (best["run"], best["validation_mae"]),
+    ):
+        found = evaluate.run(folder, data, split="validation", show_faces=False)
+        assert found["mae"] == pytest.approx(said, abs=1e-3)
+    release.write_release(tmp_path / "soup", data, tmp_path / "released")
+    card = (tmp_path / "released" / "MODEL_CARD.md").read_text()
+    assert "the mean of 3 such runs" in card and "3 minutes" in card
+    assert str(tmp_path) not in (tmp_path / "released" / "run.json").read_text()
+
+
+def test_greedy_takes_what_helps_and_leaves_out_what_does_not(
+    config, variables, write_run, drawn_root, tmp_path, capsys
+):
+    good = write_run("good", config, variables)
+    bad = shifted(variables, 1, 0.0)
+    bad["params"]["head"]["age"]["bias"] = np.eye(117, dtype=np.float32)[116] * 50  # all are 116
+    ruined = write_run("ruined", config, bad)
+    told = soup.run([ruined, good], tmp_path / "soup", drawn_root / "drawn")
+    assert [(row["run"], row["taken"]) for row in told["runs"]] == [
+        (str(good), True),
+        (str(ruined), False),
+    ]
+    for a, b in zip(
+        jax.tree.leaves(load_variables(tmp_path / "soup")[0]),
+        jax.tree.leaves(variables),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert "1 of 2 runs" in capsys.readouterr().out
+
+
+def test_greedy_order():
+    # Numbers for weights: the error is the distance of their mean from 10.
+    values = [12.0, 7.0, 30.0, 8.0]
+
+    def mix(some):
+        mean = np.mean([values[i] for i in some])
+        return mean, abs(mean - 10)
+
+    order = [0, 3, 1, 2]
+    chosen, (mean, error) = soup.greedy(order, (12.0, 2.0), mix)
+    # 12 and 8 are taken; a 7 or a 30 more is further off.
+    assert (chosen, mean, error) == ([0, 3], 10.0, 0.0)
+
+
+def test_statistics_are_those_of_the_training_views(config, drawn_root, monkeypatch):
+    class Only(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            return BatchNorm(name="norm")(images, train=train)
+
+    monkeypatch.setattr(soup, "build_model", lambda config: Only())
+    config = config.copy_and_resolve_references()
+    config.augment.update(crop=(1.0, 1.0), ratio=(1.0, 1.0), flip_prob=0.0, jitter_prob=0.0)
+    config.augment.erase_prob = 0.0
+    config.data.image_size, config.model.image_size = 48, 48  # as drawn: nothing is resized
+    faces = open_split(drawn_root / "drawn", "train")
+    pixels = np.stack([decode_image(data, 48) for data in faces.read_images(range(len(faces)))])
+    views = (pixels / 255 - config.model.mean) / config.model.std
+    start = {"mean": np.full(3, 9.0, np.float32), "var": np.full(3, 9.0, np.float32)}
+    params = {"norm": {"scale": np.ones(3, np.float32), "bias": np.zeros(3, np.float32)}}
+    start = {"params": params, "batch_stats": {"norm": start}}
+    for batch_size in (len(faces), len(faces) // 7):
+        config.batch_size = batch_size
+        found = soup.with_new_statistics(config, start, faces, n_faces=len(faces))["batch_stats"]
+        np.testing.assert_allclose(found["norm"]["mean"], views.mean((0, 1, 2)), atol=2e-3)
+        if batch_size == len(faces):
+            np.testing.assert_allclose(found["norm"]["var"], views.var((0, 1, 2)), rtol=2e-3)
+        else:  # within a batch colours vary less than between all
+            assert (found["norm"]["var"] < views.var((0, 1, 2))).all()
+
+
+def test_model_without_batchnorm_stays_as_it_is(config, drawn_root):
+    plain = {"params": {}, "batch_stats": {}}
+    faces = open_split(drawn_root / "drawn", "train")
+    assert soup.with_new_statistics(config, plain, faces) is plain
+
+
+def test_runs_that_do_not_fit_are_refused(config, variables, write_run, drawn_root, tmp_path):
+    data, out = drawn_root / "drawn", tmp_path / "soup"
+    good = write_run("good", config, variables)
+    with pytest.raises(ValueError, match="two different runs"):
+        soup.run([good, good], out, data)
+    other = config.copy_and_resolve_references()
+    other.loss.name, other.model.image_size = "sord", 48
+    with pytest.raises(
+        ValueError, match="image_size 48 there, 32 in .*loss.name sord there, kl_l1"
+    ):
+        soup.run([good, write_run("other", other, variables)], out, data)
+    elsewhere = write_run("elsewhere", config, variables, data_fingerprint="f" * 64)
+    with pytest.raises(ValueError, match="other training faces"):
+        soup.run([good, elsewhere], out, data)
+    less = {**variables, "params": {"backbone": variables["params"]["backbone"]}}
+    with pytest.raises(ValueError, match="other weights"):
+        soup.run([good, write_run("less", config, less)], out, data)
+    pretraining = write_run("pretraining", load_config("pretrain:atto"), variables)
+    with pytest.raises(ValueError, match="is a pretrain run"):
+        soup.run([good, pretraining], out, data)
+    both = [write_run(n, config, variables, data_fingerprint="f" * 64) for n in ("old1", "old2")]
+    with pytest.raises(ValueError, match="prepare the data as they were"):
+        soup.run(both, out, data)
+    with pytest.raises(ValueError, match="holds a run already"):
+        soup.run([good, elsewhere], good, data)
+    with pytest.raises(FileNotFoundError):
+        soup.run([good, tmp_path / "nowhere"], out, data)
+    assert not out.exists()
