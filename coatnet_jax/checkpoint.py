@@ -79,7 +79,13 @@ class Checkpoints:
         }
         like |= _optional_items(state)
         folder = self.manager.directory / str(step)
-        saved = _shapes(self.manager, step, "variables")
+        try:
+            saved = _shapes(self.manager, step, "variables")
+        except Exception as error:  # orbax raises many kinds for damaged files
+            raise ValueError(
+                f"the checkpoint {folder} cannot be read ({_first_line(error)}); it is damaged: "
+                "delete that folder to go on from the one before, or give a new --workdir"
+            ) from None
         _check_same(saved, like["variables"], saved_name=str(folder), model_name="this config")
         args = {
             key: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, value))
@@ -101,6 +107,25 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step whose weights `load_variables` gives; None where no checkpoint was saved."""
+    manager = _manager(run_dir)
+    step = _best_step(manager) if manager.all_steps() else None
+    manager.close()
+    return step
+
+
+def check_unused(folder: Path, *, flag: str) -> None:
+    """Raise ValueError where `folder` holds a run or a released model, which must not be mixed
+    with another; `flag` is the one that named it."""
+    for held, holds in (
+        ((folder / FOLDER).is_dir(), "run"),
+        (is_released(folder), "released model"),
+    ):
+        if held:
+            raise ValueError(f"{folder} holds a {holds} already; give a new {flag}")
 
 
 def save_variables(workdir: Path, variables: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 from coatnet_jax import evaluation_plots
 from coatnet_jax.ages import age_class
 from coatnet_jax.bootstrap import bootstrap_interval, paired_difference
+from coatnet_jax.checkpoint import FOLDER, best_step
+from coatnet_jax.config import flat, read_json
 from coatnet_jax.pages import (
     markdown_table,
     percent,
@@ -30,6 +32,7 @@ from coatnet_jax.terms import data_terms
 MEASURES = ("mae", "accuracy", "balanced_accuracy", "cs5", "bias")
 # What older configs do not hold, and what it was before it could be chosen.
 OLDER = {"model.mean": [0.485, 0.456, 0.406], "model.std": [0.229, 0.224, 0.225]}
+WANTED = ("data_name", "step", "images", "conformal", *MEASURES)  # of metrics.json
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ def run(
     if len(paths) < 2 or len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("give at least two runs to compare, each once")
     for path in paths:
-        if not (path / "evaluate" / evaluation / "metrics.json").is_file():
-            _evaluate_missing(path, evaluation, evaluate)
+        if why := _why_to_evaluate(path, evaluation):
+            _evaluate(path, evaluation, evaluate, why=why)
     runs = [
         read_run(path, evaluation, name=name)
         for path, name in zip(paths, _names(paths), strict=True)
@@ -77,32 +80,49 @@ def run(
     return result
 
 
-def _evaluate_missing(path: Path, evaluation: str, evaluate: Callable | None) -> None:
+def _why_to_evaluate(path: Path, evaluation: str) -> str:
+    """Why a run's evaluation cannot be taken as it is: missing, or of an older checkpoint."""
+    told = path / "evaluate" / evaluation / "metrics.json"
+    if not told.is_file():
+        return "there is no evaluation" if path.is_dir() else "no such run: there is no evaluation"
+    metrics = read_json(told)
+    if metrics.get("which", "best") != "best" or not (path / FOLDER).is_dir():
+        return ""
+    then, now = metrics.get("step"), best_step(path)
+    return "" if then == now else f"the best step is {now} now, of step {then} is"
+
+
+def _evaluate(path: Path, evaluation: str, evaluate: Callable | None, *, why: str) -> None:
     """Make the evaluation of a run, or raise ValueError that says how."""
     if evaluate is None or not (path / "config.json").is_file():
-        what = "no evaluation" if path.is_dir() else "no such run: there is no evaluation"
+        other = "" if evaluation == "test" else " with the flags that this one is made with"
         raise ValueError(
-            f"{what} {path}/evaluate/{evaluation}: make it with coatnet-jax evaluate {path}"
+            f"{why} {path}/evaluate/{evaluation}: make it with coatnet-jax evaluate {path}{other}"
         )
-    print(f"{path} has no evaluation {evaluation!r} yet: evaluating it", flush=True)
+    print(f"{why} {path}/evaluate/{evaluation}: evaluating it", flush=True)
     evaluate(path)
 
 
 def read_run(path: Path, evaluation: str, *, name: str = "") -> Evaluated:
     """A run's evaluation from its files. Raises ValueError where it is older than the measures."""
     folder = path / "evaluate" / evaluation
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    if "conformal" not in metrics or not rows or "pixel_hash" not in rows[0]:
-        raise ValueError(
-            f"{folder} was written by an older version: run coatnet-jax evaluate {path} again"
-        )
+    metrics, table = read_json(folder / "metrics.json"), folder / "predictions.csv"
+    rows = []
+    if table.is_file():
+        with table.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    older = any(key not in metrics for key in WANTED) or (rows and "pixel_hash" not in rows[0])
+    if older or len(rows) != metrics["images"]:
+        why = "was written by an older version" if older else "is damaged (faces are missing)"
+        raise ValueError(f"{folder} {why}: run coatnet-jax evaluate {path} again")
     predictions = {
         (row["file"], row["pixel_hash"]): (int(row["age"]), float(row["predicted"])) for row in rows
     }
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return Evaluated(name or path.name, metrics, OLDER | flat(config), predictions)
+    config = OLDER | flat(read_json(path / "config.json"))
+    told = path / "run.json"
+    if told.is_file() and (averaged := read_json(told).get("averaged")):
+        config["averaged"] = averaged  # a soup has the config of its best run
+    return Evaluated(name or path.name, metrics, config, predictions)
 
 
 def compare(runs: Sequence[Evaluated]) -> dict[str, Any]:
@@ -115,6 +135,8 @@ def compare(runs: Sequence[Evaluated]) -> dict[str, Any]:
     if len(names) > 1 or not common:
         places = "; ".join(f"{run.name} on {run.metrics['data_name']}" for run in runs)
         raise ValueError(f"the runs were evaluated on no common faces ({places})")
+    if len(common) == 1:
+        raise ValueError("the runs have one face in common, which tells no difference")
     age = np.array([runs[0].predictions[face][0] for face in common])
     scores = []
     for run in runs:
@@ -177,15 +199,6 @@ def differing(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
             named = zip((run.name for run in runs), values, strict=True)
             rows.append({"setting": key, **dict(named)})
     return rows
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined with dots."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping)
-        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return found
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

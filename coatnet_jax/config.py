@@ -3,7 +3,9 @@
 import difflib
 import importlib.util
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -86,13 +88,18 @@ def _unknown_flag(name: str, config: ml_collections.ConfigDict) -> str:
     return f"unknown flag --{name}; {hint}"
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined with dots."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found
+
+
 def flat_keys(config: ml_collections.ConfigDict) -> list[str]:
     """Dotted names of all leaves."""
-    keys = []
-    for key, value in config.items():
-        nested = isinstance(value, ml_collections.ConfigDict)
-        keys += [f"{key}.{inner}" for inner in flat_keys(value)] if nested else [key]
-    return keys
+    return list(flat(config.to_dict()))
 
 
 def save_config(config: ml_collections.ConfigDict, path: Path) -> None:
@@ -102,11 +109,34 @@ def save_config(config: ml_collections.ConfigDict, path: Path) -> None:
 
 def read_config(path: Path) -> ml_collections.ConfigDict:
     """Config written by `save_config`; lists come back as tuples, as configs write them."""
+    return ml_collections.ConfigDict(_tuples(read_json(path, wants=("stage", "model", "data"))))
+
+
+def read_json(path: Path, *, wants: Sequence[str] = ()) -> dict[str, Any]:
+    """The object in one of the JSON files of a run.
+
+    Raises FileNotFoundError where it is missing, ValueError where it is damaged or lacks a key that
+    is wanted.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: {path.parent} is not the folder of a training run"
         )
-    return ml_collections.ConfigDict(_tuples(json.loads(path.read_text())))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise _damaged(path, str(error)) from None
+    if not isinstance(found, dict):
+        raise _damaged(path, "it holds no object")
+    if missing := [key for key in wants if key not in found]:
+        raise _damaged(path, f"it lacks {', '.join(missing)}")
+    return found
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged ({why}): put back what lay there, or run again what wrote it"
+    )
 
 
 def _tuples(value):

@@ -73,6 +73,11 @@ def run(
     splits = splits or trained.config.data.splits
     faces = open_split(data_folder, split, splits=splits)
     reference = open_split(data_folder, knn_reference, splits=splits)
+    if np.isin(faces.labels["file"], reference.labels["file"]).any():
+        raise ValueError(
+            f"the split {split!r} holds faces of {knn_reference!r}, from which neighbours and "
+            "probes learn: give a split without them"
+        )
     _check_size(len(faces))
     chosen = choose_points(len(faces), max_points, seed=seed)
     perplexities = fitting_perplexities(perplexity, len(chosen))
@@ -261,7 +266,10 @@ def _unit(z: np.ndarray) -> np.ndarray:
 
 def _check_size(n: int) -> None:
     if n < SMALLEST:
-        raise ValueError(f"t-SNE needs at least {SMALLEST} faces, the split holds {n}")
+        raise ValueError(
+            f"t-SNE needs at least {SMALLEST} faces, here are {n}: give a larger split or set, or "
+            "more --max-points"
+        )
 
 
 def _check_finite(z: np.ndarray) -> None:

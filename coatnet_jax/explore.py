@@ -1,6 +1,5 @@
 """What is in a prepared set: one page with its labels, groups, splits and doubtful pictures."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from input_pipeline.groups import copy_groups, members
 from input_pipeline.images import decode_rgb
 from input_pipeline.pipeline import Faces
 from input_pipeline.prepare import read_labels
+from input_pipeline.prepared import read_account
 from input_pipeline.splits import match_splits, read_splits
 
 BANDS = ((0, 2), (3, 9), (10, 17), (18, 29), (30, 40), (41, 50), (51, 60), (61, 75), (76, 116))
@@ -54,7 +54,7 @@ def run(folder: str | Path, *, out: str | Path | None = None) -> Path:
     splits = split_columns(folder, table)
     copies = members(copy_groups(table["pixel_hash"], table["perceptual_hash"]))
     write_csv(out / "labels.csv", label_rows(table, splits, copies))
-    account = json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
+    account = read_account(folder)
     figures = out / "figures"
     sections = [
         {"title": "In short", "blocks": short_blocks(folder.name, table)},

@@ -1,12 +1,12 @@
 """What a run was trained on, and whether any of it is among the faces it is judged by."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
+from coatnet_jax.config import read_json
 from input_pipeline.pipeline import Faces, open_split
 
 
@@ -66,4 +66,4 @@ def check_no_leak(faces: Faces, train: Faces, *, run_dir: Path) -> dict[str, Any
 
 def _trained_fingerprint(run_dir: Path) -> str:
     path = Path(run_dir) / "run.json"
-    return json.loads(path.read_text()).get("data_fingerprint", "") if path.is_file() else ""
+    return read_json(path).get("data_fingerprint", "") if path.is_file() else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from coatnet_jax.config import save_config
+from coatnet_jax.config import read_json, save_config
 from coatnet_jax.distributed import is_main
 
 PACKAGES = ("coatnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -52,7 +52,7 @@ def environment() -> dict:
 def update_run_info(workdir: Path, **values) -> None:
     """Add or replace entries of run.json."""
     path = workdir / "run.json"
-    info = json.loads(path.read_text()) | values
+    info = read_json(path) | values
     path.write_text(json.dumps(info, indent=2) + "\n")
 
 
@@ -81,14 +81,25 @@ class MetricsLog:
         """All rows of one split, oldest first."""
         if not self.path.is_file():
             return []
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-        return [row for row in rows if row["split"] == split]
+        rows = map(_parsed, self.path.read_text().splitlines())
+        return [row for row in rows if row.get("split") == split]
 
     def keep_until(self, step: int) -> None:
-        """Drop rows after `step`, so that a resumed run's log equals that of one never stopped."""
+        """Drop rows after `step`, so that a resumed run's log equals that of one never stopped,
+        and what a lost machine left of a row."""
         if is_main() and self.path.is_file():
             lines = self.path.read_text().splitlines(keepends=True)
-            self.path.write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
+            kept = (line for line in lines if _parsed(line).get("step", math.inf) <= step)
+            self.path.write_text("".join(kept))
+
+
+def _parsed(line: str) -> dict:
+    """A row of the log; {} for one that was cut off."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 class Progress:

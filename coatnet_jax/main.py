@@ -19,9 +19,11 @@ def main(argv: list[str] | None = None) -> None:
         print("coatnet-jax: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        if os.environ.get("COATNET_JAX_TRACEBACK") or not _is_ours(error):
+        path = getattr(error, "filename", None)  # of what the system refused to open
+        if os.environ.get("COATNET_JAX_TRACEBACK") or not (path or _is_ours(error)):
             raise
-        print(f"coatnet-jax: error: {error}", file=sys.stderr)
+        refused = f"{path} cannot be used ({getattr(error, 'strerror', '')}): give another path"
+        print(f"coatnet-jax: error: {refused if path else error}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -41,8 +43,21 @@ def _run(argv: list[str]) -> int:
     if command in TRAINING and not wants_help:
         return _train(command, argv[1:])
     arguments = _parser().parse_args(argv)
+    for written in ("out", "workdir"):
+        if path := getattr(arguments, written, None):
+            check_writable(Path(path), flag=f"--{written}")
     _prepare_process()
     return arguments.run(arguments) or 0
+
+
+def check_writable(folder: Path, *, flag: str) -> None:
+    """Raise ValueError where `folder` cannot be written into: before the work, not after it."""
+    folder = folder.expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, so {folder} cannot be a folder: give another {flag}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there} cannot be written to: give another {flag}")
 
 
 def _prepare_process() -> None:
@@ -66,6 +81,7 @@ def _train(command: str, argv: list[str]) -> int:
     from coatnet_jax.config import parse_training_flags
 
     config, workdir = parse_training_flags(argv, default=command)
+    check_writable(workdir, flag="--workdir")
     if config.get("stage") != command:
         raise ValueError(
             f"coatnet-jax {command} was given a config of the stage {config.get('stage')!r}; "
@@ -90,6 +106,7 @@ def _tune(argv: list[str]) -> int:
     _add_tune_arguments(parser)
     arguments, rest = parser.parse_known_args(argv)
     config, workdir = parse_training_flags(rest, default="finetune")
+    check_writable(workdir, flag="--workdir")
     if config.get("stage") != "finetune":
         raise ValueError(f"coatnet-jax tune is for fine-tuning, not for {config.get('stage')!r}")
     _prepare_process()

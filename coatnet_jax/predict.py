@@ -18,7 +18,7 @@ from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, get_de
 from coatnet_jax.conformal import conformal_interval, posterior_interval, read_constants
 from coatnet_jax.inference import Run, load_run
 from coatnet_jax.pages import write_csv
-from coatnet_jax.release_weights import PACKAGED
+from coatnet_jax.release_weights import FILE, PACKAGED
 from input_pipeline.face_crops import (
     Face,
     Find,
@@ -35,6 +35,7 @@ from input_pipeline.images import centre_square
 ENDINGS = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif"}
 # Looked for in folders too, so that they are named as unreadable instead of passed over.
 UNSUPPORTED = {".heic", ".heif", ".avif", ".gif"}
+RUN_FILES = ("config.json", "run.json", "checkpoints", FILE)  # what tells the folder of a run
 SHAPES = (1, 8, 32)  # sizes of a batch
 ON_SHEET = 24
 CROP_SIDE = 400  # px; a square picture up to this may be a face crop in which no face is found
@@ -61,9 +62,10 @@ class Look:
 
 def split_run(paths: Sequence[str | Path]) -> tuple[Path, list[str | Path]]:
     """(folder of the run, pictures) of what the command line names: the first is a run if it holds
-    a config, else the model of the package predicts."""
-    if (Path(paths[0]).expanduser() / "config.json").is_file():
-        return Path(paths[0]).expanduser(), list(paths[1:])
+    a file of one, be others missing, else the model of the package predicts."""
+    first = Path(paths[0]).expanduser()
+    if any((first / name).exists() for name in RUN_FILES):
+        return first, list(paths[1:])
     return PACKAGED, list(paths)
 
 
@@ -121,6 +123,7 @@ def run(
     also = ", predictions.png and annotated/" if annotate else ""
     images = len({row["file"] for row in rows})
     faces = f"{len(rows)} faces in " if find else ""
+    print(f"answered by {run_dir}, step {model.step}")
     print(f"{faces}{images} of {len(paths)} images; written to {out}: predictions.csv{also}")
     return rows
 
@@ -261,7 +264,7 @@ def predict_files(
         except ValueError as error:
             looks, reasons = [], [str(error)]
         waiting += [(look, look.crop(image, model.source_size)) for look in looks]
-        skipped += [{"file": str(path), "reason": reason} for reason in reasons]
+        skipped += [{"file": _printable(path), "reason": reason} for reason in reasons]
         while len(waiting) >= batch_size:
             flush(batch_size)
     flush(batch_size)
@@ -295,7 +298,7 @@ def prediction_row(
     low, high = map(float, ends)
     box = look.face.box.round(1).tolist() if look.face else [None] * 4
     return {
-        "file": str(look.path),
+        "file": _printable(look.path),
         "face": look.number,
         "faces": look.of,
         "age": round(age, 2),
@@ -309,6 +312,11 @@ def prediction_row(
         "note": look.note,
         "look": look,
     }
+
+
+def _printable(path: Path) -> str:
+    """The path in characters that can be written as UTF-8, whatever bytes name the file."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def table(rows: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]] = ()) -> str:

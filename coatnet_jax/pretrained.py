@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from coatnet_jax.augment import IMAGE_MEAN, IMAGE_STD
-from coatnet_jax.checkpoint import FOLDER, save_variables
+from coatnet_jax.checkpoint import check_unused, save_variables
 from coatnet_jax.coatnet_rw import RW_VARIANTS
 from coatnet_jax.import_timm import image_size, import_timm
 from coatnet_jax.logs import write_run_info
@@ -54,8 +54,7 @@ def run(source: str, workdir: Path, *, model: str | None = None) -> None:
     ValueError in one line for a name or file that is not there, cannot be read or fits no model,
     and where `workdir` holds a run already.
     """
-    if (workdir / FOLDER).is_dir():
-        raise ValueError(f"{workdir} holds a run already; give a new --workdir")
+    check_unused(workdir, flag="--workdir")
     path = _local_file(Path(source)) if _is_file(source) else download(source)
     state = read_weights(path)
     about = _about(path)

@@ -8,21 +8,21 @@ evaluation.json and conformal.json, measured with these very weights, and MODEL_
 command that takes the folder of a run takes such a folder too.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coatnet_jax import evaluate
-from coatnet_jax.checkpoint import load_variables
-from coatnet_jax.config import read_config, save_config
+from coatnet_jax.checkpoint import FOLDER, load_variables
+from coatnet_jax.config import read_config, read_json, save_config
 from coatnet_jax.inference import check_sides
 from coatnet_jax.pages import write_json
 from coatnet_jax.release_card import release_card
-from coatnet_jax.release_weights import FILE, save_weights
+from coatnet_jax.release_weights import FILE, is_released, save_weights
 
 KEPT = ("started", "parameters", "data_fingerprint", "git_revision", "python", "versions")
-KEPT += ("devices", "machine", "wall_seconds", "step")
+KEPT += ("devices", "machine", "wall_seconds", "averaged")
+WANTED = ("parameters", "data_fingerprint", "git_revision", "devices")  # by the card
 
 
 def write_release(
@@ -32,7 +32,8 @@ def write_release(
 
     `sides` take the place of the run's own `eval_sides`; choose them on the validation split.
     Gives back the evaluation, whose report goes to `<run_dir>/released`. Raises ValueError for a
-    run without an age head or one whose `init_from` is gone, and what `evaluate.run` raises.
+    run without an age head or one whose `init_from` is gone, where `out` holds a run, and what
+    `evaluate.run` raises.
     """
     run_dir, out = Path(run_dir), Path(out)
     variables, step = load_variables(run_dir)
@@ -43,15 +44,17 @@ def write_release(
         )
     if sides is not None:
         config.eval_sides = check_sides(sides)
-    before = _stages_before(config.init_from)
+    told = read_json(run_dir / "run.json", wants=WANTED)
+    before = told.get("before") or _stages_before(config.init_from)
+    others = _other_sets(run_dir, step=step)
+    if out.resolve() == run_dir.resolve() or (out / FOLDER).is_dir():
+        raise ValueError(f"{out} is the folder of a run, which this would ruin; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     save_weights(out / FILE, variables, step=step)
     config.data.root, config.init_from = "", ""
     save_config(config, out / "config.json")
-    told = json.loads((run_dir / "run.json").read_text())
-    run = {key: told[key] for key in KEPT if key in told} | {"before": before}
-    if "soup" in told:
-        run["averaged"] = _taken(told)
+    run = {key: told[key] for key in KEPT if key in told} | {"before": before, "step": step}
+    run["finished"] = told.get("finished", is_released(run_dir))
     write_json(out / "run.json", run)
     report = run_dir / "released"
     result = evaluate.run(out, data_folder, out=report, show_faces=False)
@@ -59,7 +62,7 @@ def write_release(
     command = f"coatnet-jax release {run_dir.name}"
     measured["environment"] = {**result["environment"], "command": command}
     write_json(out / "evaluation.json", measured)
-    card = release_card(config, run, measured, _other_sets(run_dir))
+    card = release_card(config, run, measured, others)
     (out / "MODEL_CARD.md").write_text(card, encoding="utf-8")
     size = (out / FILE).stat().st_size / 1e6
     print(f"released to {out}: {FILE} ({size:.1f} MB), MODEL_CARD.md, evaluation.json")
@@ -87,18 +90,24 @@ def _stages_before(init_from: str) -> list[dict[str, Any]]:
         told |= {"data": config.data.name, "epochs": config.epochs}
         told |= {"method": config.method} if "method" in config else {}
     record = path.with_name("run.json")
-    run = json.loads(record.read_text()) if record.is_file() else {}
-    if averaged := run.get("averaged", _taken(run) if "soup" in run else 0):
-        told["averaged"] = averaged
+    run = read_json(record) if record.is_file() else {}
+    told |= {"averaged": run["averaged"]} if "averaged" in run else {}
     return [*(run.get("before") or _stages_before(config.get("init_from", ""))), told]
 
 
-def _taken(run: dict[str, Any]) -> int:
-    """The number of runs whose mean a soup's run.json tells of."""
-    return sum(row["taken"] for row in run["soup"]["runs"])
-
-
-def _other_sets(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's evaluations on sets that it was not trained on."""
-    results = [json.loads(p.read_text()) for p in sorted(run_dir.glob("evaluate/*/metrics.json"))]
-    return [result for result in results if not result["trained_on"]["same_data"]]
+def _other_sets(run_dir: Path, *, step: int) -> list[dict[str, Any]]:
+    """The run's evaluations on sets that it was not trained on; those of another step are named
+    and left out."""
+    results = []
+    for path in sorted(run_dir.glob("evaluate/*/metrics.json")):
+        result = read_json(path, wants=("trained_on", "step"))
+        if result["trained_on"]["same_data"]:
+            continue
+        if result["step"] == step:
+            results.append(result)
+        else:
+            print(
+                f"{path.parent} is of step {result['step']}, the release of step {step}: left out "
+                "of the card; evaluate again to have it there"
+            )
+    return results

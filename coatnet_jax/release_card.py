@@ -45,14 +45,16 @@ def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
     before = run.get("before", [])
     start = f"after {' and '.join(map(_stage, before))}" if before else "from random weights"
     outside = any(stage["stage"] == "timm" for stage in before)
+    stopped = "" if run.get("finished", True) else f", stopped at step {run['step']}"
+    minutes = f", {run['wall_seconds'] / 60:.0f} minutes" if "wall_seconds" in run else ""
     averaged = run.get("averaged", 1)
     mean = f", the mean of {averaged} such runs (arXiv 2203.05482)" if averaged > 1 else ""
     return (
         f"{run['parameters'] / 1e6:.2f} M parameters, kept in bfloat16{mean}. Fine-tuned on the "
-        f"training split of `{config.data.name}` for {config.epochs:g} epochs, {start}"
+        f"training split of `{config.data.name}` for {config.epochs:g} epochs{stopped}, {start}"
         f"{'' if outside else ', with no outside weights or labels'}; seed {config.seed}, data "
         f"fingerprint `{run['data_fingerprint'][:16]}`, revision `{run['git_revision']}`, "
-        f"{', '.join(run['devices'])}, {run['wall_seconds'] / 60:.0f} minutes. Its answer is the "
+        f"{', '.join(run['devices'])}{minutes}. Its answer is the "
         f"{config.loss.get('decode', 'median')} of a probability for each age from 0 to 116, the "
         f"mean over {_views(config)} and the mirror image."
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coatnet_jax import embed, evaluate, plots
+from coatnet_jax.config import flat, read_json
 from coatnet_jax.pages import cell, percent, write_report
 from coatnet_jax.terms import LOCAL, data_terms
 
@@ -134,7 +135,7 @@ def _protocol_row(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def training_blocks(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Hyperparameters and circumstances of the runs side by side."""
-    configs = {stage: _flat(_read_json(path / "config.json")) for stage, path in runs.items()}
+    configs = {stage: flat(_read_json(path / "config.json")) for stage, path in runs.items()}
     settings = {
         # as written: 0.999 must not be rounded to 1.00
         stage: {key: str(config[key]) for key in HYPERPARAMETERS if config.get(key, "") != ""}
@@ -245,24 +246,6 @@ def _short_command(command: str) -> str:
     return f"{Path(program).name} {rest}".strip()
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined with dots."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where the file is missing. ValueError where it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}): delete it and run its stage again"
-        ) from None
+    return read_json(path) if path.is_file() else {}

@@ -11,15 +11,15 @@ The statistics of BatchNorm are measured anew for every mean, on training faces:
 activations are not the mean of the runs' (arXiv 1803.05407).
 """
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import linen as nn
@@ -27,13 +27,13 @@ from jaxtyping import Array, UInt8
 
 from coatnet_jax.ages import get_decoder
 from coatnet_jax.batchnorm import MOMENTUM
-from coatnet_jax.checkpoint import FOLDER, load_variables, save_variables
-from coatnet_jax.compare import flat
-from coatnet_jax.config import read_config
+from coatnet_jax.checkpoint import check_unused, load_variables, save_variables
+from coatnet_jax.config import flat, read_config, read_json
 from coatnet_jax.finetune import training_view
 from coatnet_jax.inference import Run, build_model, predict_split
 from coatnet_jax.logs import update_run_info, write_run_info
 from coatnet_jax.metrics import mae
+from coatnet_jax.release_weights import is_released
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_batch
 from coatnet_jax.terms import model_card
 from input_pipeline.pipeline import Faces, open_split, train_loader
@@ -55,14 +55,13 @@ def run(
 
     Greedy by the error on the validation split of `data_folder`, or with `uniform` all of them.
     Gives back what run.json tells under `soup`: each run's error in years, whether it was taken,
-    and the mean's error. Raises ValueError for less than two runs, runs that differ in model, loss
-    or data, and where `workdir` holds a run already.
+    and the mean's error. Raises ValueError for less than two runs, runs that differ in model, loss,
+    data or start, that were stopped or diverged, and where `workdir` holds a run already.
     """
     paths = [Path(path) for path in run_dirs]
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         raise ValueError("give two different runs or more to take the mean of")
-    if (workdir / FOLDER).is_dir():
-        raise ValueError(f"{workdir} holds a run already; give a new --workdir")
+    check_unused(workdir, flag="--workdir")
     configs, told = _read_alike(paths)
     weights = [load_variables(path)[0] for path in paths]
     _check_same_shapes(paths, weights)
@@ -83,25 +82,30 @@ def run(
         config, mean = configs[chosen[0]], mean_variables([weights[i] for i in chosen])
         mean = with_new_statistics(config, mean, train)
         found = error(config, mean)
-        names = " + ".join(paths[i].name for i in chosen)
-        print(f"[soup] {names}: validation error {found:.3f} years", flush=True)
+        names = " + ".join(str(paths[i]) for i in chosen)
+        print(f"[soup] {names}, new statistics: {found:.3f} years", flush=True)
         return mean, found
 
     errors = []
     for path, config, variables in zip(paths, configs, weights, strict=True):
         errors.append(error(config, variables))
         print(f"[soup] {path}: validation error {errors[-1]:.3f} years", flush=True)
+        if not math.isfinite(errors[-1]):
+            raise ValueError(f"{path} predicts no numbers: it diverged, leave it out")
     order = sorted(range(len(paths)), key=errors.__getitem__)
     if uniform:
         chosen, (variables, found) = order, mix(order)
     else:
-        first = weights[order[0]], errors[order[0]]
+        # The best run gains from new statistics as well: no mean should pass for better by that.
+        first = min((weights[order[0]], errors[order[0]]), mix(order[:1]), key=itemgetter(1))
         chosen, (variables, found) = greedy(order, first, mix)
+    if not math.isfinite(found):
+        raise ValueError("the mean of all predicts no numbers: leave --uniform out")
     config = configs[chosen[0]]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     fingerprint = told[0]["data_fingerprint"]
-    save_variables(workdir, variables)
     write_run_info(workdir, config, data_fingerprint=fingerprint, parameters=parameters)
+    save_variables(workdir, variables)
     soup = {
         "validation_mae": round(found, 4),
         "runs": [
@@ -117,12 +121,17 @@ def run(
         ],
     }
     seconds = sum(told[i].get("wall_seconds", 0.0) for i in chosen)
-    update_run_info(workdir, wall_seconds=round(seconds, 1), finished=True, step=0, soup=soup)
+    update_run_info(
+        workdir,
+        **{"wall_seconds": round(seconds, 1), "finished": True, "step": 0, "soup": soup},
+        averaged=sum(told[i].get("averaged", 1) for i in chosen),
+        before=told[0].get("before", []),
+    )
     card = model_card(config, parameters=parameters, fingerprint=fingerprint)
     (workdir / "MODEL_CARD.md").write_text(card)
     print(
-        f"[soup] {len(chosen)} of {len(paths)} runs, validation error {found:.3f} years (the "
-        f"best alone: {errors[order[0]]:.3f}); written to {workdir}"
+        f"[soup] the mean of {len(chosen)} of {len(paths)} runs, validation error {found:.3f} "
+        f"years (the best alone: {errors[order[0]]:.3f}); written to {workdir}"
     )
     return soup
 
@@ -168,10 +177,11 @@ def with_new_statistics(
 ) -> Any:
     """`variables` with BatchNorm's statistics measured on views of `n_faces` training faces.
 
-    Views and batches are those of the config's training; every batch has the same weight. A model
-    without BatchNorm is given back as it is.
+    Views and batches are those of the config's training; every batch has the same weight. Stages
+    that the training kept frozen keep their statistics, and so does a model without BatchNorm.
     """
-    if not jax.tree.leaves(variables["batch_stats"]):
+    before = variables["batch_stats"]
+    if not jax.tree.leaves(before):
         return variables
     mesh = make_mesh()
     check_batch_size(config.batch_size, mesh)
@@ -180,20 +190,20 @@ def with_new_statistics(
         model=build_model(config),
         view=training_view(config, config.model.image_size),
     )
-    params = replicate(variables["params"], mesh)
-    zeros = replicate(jax.tree.map(np.zeros_like, variables["batch_stats"]), mesh)
+    params, start = replicate(variables["params"], mesh), replicate(before, mesh)
     batches = train_loader(
         faces, batch_size=config.batch_size, image_size=config.data.image_size, seed=config.seed
     )
     steps = -(-n_faces // config.batch_size)
-    total = zeros
+    total = jax.tree.map(np.zeros_like, before)
     for number, batch in enumerate(islice(batches, steps)):
         images = shard_batch({"image": batch["image"]}, mesh)["image"]
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        total = jax.tree.map(jnp.add, total, step(params, zeros, images, key))
-    # A running average that starts at zero is after one batch that share of the batch's own.
-    share = steps * (1 - MOMENTUM)
-    return {**variables, "batch_stats": jax.tree.map(lambda x: np.asarray(x / share), total)}
+        after = jax.device_get(step(params, start, images, key))
+        # What one batch moves the running statistics by, the other way round.
+        own = jax.tree.map(lambda a, b: (a - MOMENTUM * b) / (1 - MOMENTUM), after, before)
+        total = jax.tree.map(np.add, total, own)
+    return {**variables, "batch_stats": jax.tree.map(lambda x: x / steps, total)}
 
 
 @partial(jax.jit, static_argnames=("model", "view"))
@@ -221,12 +231,16 @@ def _statistics_step(
 def _read_alike(paths: Sequence[Path]) -> tuple[list[ml_collections.ConfigDict], list[dict]]:
     """The configs and run.json of fine-tuned runs; ValueError where they do not fit together."""
     configs = [read_config(path / "config.json") for path in paths]
-    told = [json.loads((path / "run.json").read_text()) for path in paths]
-    for path, config in zip(paths, configs, strict=True):
+    told = [
+        read_json(path / "run.json", wants=("data_fingerprint", "git_revision")) for path in paths
+    ]
+    for path, config, run_told in zip(paths, configs, told, strict=True):
         if config.stage != "finetune":
             raise ValueError(f"{path} is a {config.stage} run; give runs of finetune")
+        if not (run_told.get("finished") or is_released(path)):
+            raise ValueError(f"{path} was stopped before its end: give its command again first")
     values = [flat(config.to_dict()) for config in configs]
-    for path, theirs, their_run in zip(paths[1:], values[1:], told[1:], strict=True):
+    for path, config, theirs, their_run in list(zip(paths, configs, values, told, strict=True))[1:]:
         differing = [
             f"{key} {theirs.get(key)} there, {values[0].get(key)} in {paths[0]}"
             for key in ALIKE
@@ -234,9 +248,16 @@ def _read_alike(paths: Sequence[Path]) -> tuple[list[ml_collections.ConfigDict],
         ]
         if their_run["data_fingerprint"] != told[0]["data_fingerprint"]:
             differing.append("other training faces")
+        if _origin(configs[0], told[0]) != _origin(config, their_run):
+            differing.append("it started from other weights")
         if differing:
             raise ValueError(f"{path} cannot be averaged with the others: {'; '.join(differing)}")
     return configs, told
+
+
+def _origin(config: ml_collections.ConfigDict, told: dict[str, Any]) -> Any:
+    """What the weights of a run come from: a folder, or of a released run the stages before."""
+    return told.get("before") or (config.init_from and Path(config.init_from).resolve())
 
 
 def _check_same_shapes(paths: Sequence[Path], weights: Sequence[Any]) -> None:

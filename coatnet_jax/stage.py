@@ -1,11 +1,13 @@
 """What pre-training and fine-tuning share: data, schedule, start weights, the run's files."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -13,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from coatnet_jax import loop
-from coatnet_jax.checkpoint import FOLDER, Checkpoints, load_backbone
-from coatnet_jax.config import flat_keys, read_config
+from coatnet_jax.checkpoint import FOLDER, Checkpoints, check_unused, load_backbone
+from coatnet_jax.config import flat, flat_keys, read_config, read_json
 from coatnet_jax.distributed import any_process, is_main
 from coatnet_jax.inference import normalisation
 from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
@@ -25,6 +27,7 @@ from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
 from coatnet_jax.terms import model_card
 from coatnet_jax.tracking import open_trackers
 from coatnet_jax.train_state import TrainState, create_train_state, init_variables
+from input_pipeline.face_crops import GEOMETRIES
 from input_pipeline.label_noise import settle_conflicts, write_account
 from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
 
@@ -38,6 +41,22 @@ LATER_KEYS = {
     **{"loss.decode": "median", "loss.balanced": False, "progressive": ()},
     **{"augment.rand_augment_ops": 0, "augment.rand_augment_magnitude": 9.0},
     **{"data.label_noise": "keep", "eval_sides": (1.0,)},
+}
+BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "epochs": ("over 0", lambda x: 0 < x < math.inf),
+    "batch_size": ("at least 1", lambda x: x >= 1),
+    "log_every": ("at least 1", lambda x: x >= 1),
+    "monitor.every_epochs": ("over 0", lambda x: x > 0),
+    "ema": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
+    "mixup": ("at least 0", lambda x: x >= 0),
+    "model.drop_path": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
+    "model.std": ("three numbers over 0", lambda x: len(x) == 3 and min(x) > 0),
+    "optim.layer_decay": ("over 0 and at most 1", lambda x: 0 < x <= 1),
+    "augment.crop": (
+        "two shares of the area, over 0, the larger last and at most 1",
+        lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
+    ),
+    "data.crop": (f"one of {', '.join(GEOMETRIES)}", lambda x: x in GEOMETRIES),
 }
 CACHES = ("none", "host", "device")
 
@@ -64,6 +83,7 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     Raises FileNotFoundError where the data set is not prepared; ValueError where the batch cannot
     be split over the devices or `workdir` holds a run of another config.
     """
+    check_values(config)
     _keep_normalisation(config, workdir)
     _check_same_config(config, workdir)
     if config.data.cache not in CACHES:
@@ -84,6 +104,19 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     return Setting(
         config, Path(workdir), mesh, train_faces, validation_faces, schedule, tuple(conflicts)
     )
+
+
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """Raise ValueError, naming the key, for a value that no training can have."""
+    values = flat(config.to_dict())
+    for key, (wanted, holds) in BOUNDS.items():
+        if key in values and not holds(values[key]):
+            raise ValueError(f"config.{key} is {values[key]}, it must be {wanted}")
+    if config.optim.warmup_epochs >= config.epochs:
+        raise ValueError(
+            f"config.optim.warmup_epochs is {config.optim.warmup_epochs:g}, it must be less than "
+            f"config.epochs, {config.epochs:g}"
+        )
 
 
 def make_schedule(
@@ -132,6 +165,8 @@ def _keep_normalisation(config: ml_collections.ConfigDict, workdir: Path) -> Non
 def _check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if (workdir / FOLDER).is_dir():
         check_same_config(config, workdir)
+    else:
+        check_unused(workdir, flag="--workdir")
 
 
 def check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -215,7 +250,10 @@ def run_stage(
     state = create_train_state(rng_train, variables, tx, ema=ema, extra=extra)
     state = replicate(state, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    if is_main() and not resuming:
+    known = resuming and (workdir / "run.json").is_file()
+    if known:
+        read_json(workdir / "run.json")  # a damaged one should fail now, not after the training
+    if is_main() and not known:
         write_run_info(
             workdir, config, data_fingerprint=setting.train_faces.fingerprint, parameters=parameters
         )
@@ -303,7 +341,5 @@ def _copy_data_report(setting: Setting) -> None:
 
 
 def _add_wall_time(workdir: Path, seconds: float, *, finished: bool, step: int) -> None:
-    import json
-
-    before = json.loads((workdir / "run.json").read_text()).get("wall_seconds", 0.0)
+    before = read_json(workdir / "run.json").get("wall_seconds", 0.0)
     update_run_info(workdir, wall_seconds=round(before + seconds, 1), finished=finished, step=step)

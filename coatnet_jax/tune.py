@@ -14,7 +14,6 @@ again, with other grids too. `tune_search` looks for the same and more with Optu
 """
 
 import argparse
-import json
 import math
 import shlex
 import shutil
@@ -29,7 +28,7 @@ import numpy as np
 
 from coatnet_jax import finetune
 from coatnet_jax.checkpoint import FOLDER
-from coatnet_jax.config import join_values, save_config
+from coatnet_jax.config import join_values, read_json, save_config
 from coatnet_jax.logs import MetricsLog, duration, environment
 from coatnet_jax.loop import Diverged
 from coatnet_jax.metrics import mae
@@ -157,7 +156,7 @@ def short_run(
     steps = setting.schedule.total_steps
     if (folder / RESULT).is_file():
         clock.done(steps, trained=False)
-        return json.loads((folder / RESULT).read_text())
+        return read_json(folder / RESULT)
     minutes = clock.minutes_left()
     if minutes < 0:
         return None
@@ -172,7 +171,7 @@ def short_run(
         best = min(scores, key=lambda row: row["mae"])
         result |= {key: best[key] for key in ("mae", "accuracy")}
         result["loss"] = float(np.mean(losses[-3:]))
-        result["seconds"] = json.loads((folder / "run.json").read_text())["wall_seconds"]
+        result["seconds"] = read_json(folder / "run.json")["wall_seconds"]
     except Diverged as error:
         result |= {"status": "diverged", "why": str(error).partition(":")[0], "seconds": None}
     write_json(folder / RESULT, result)

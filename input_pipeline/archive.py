@@ -170,9 +170,13 @@ def describe(source: Source) -> list[tuple[str, int, int]]:
     for path in resolve_source(source):
         files = [path / name for name in _walk(path)] if path.is_dir() else [path]
         for file in files:
-            stat = file.stat()
             name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            rows.append((name, stat.st_size, stat.st_mtime_ns))
+            try:
+                stat = file.stat()
+            except FileNotFoundError:  # a link to nothing, which reading will list as such
+                rows.append((name, 0, 0))
+            else:
+                rows.append((name, stat.st_size, stat.st_mtime_ns))
     return sorted(rows)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 LABEL_COLUMNS = (
     "file", "age", "gender", "race", "identity", "pixel_hash", "perceptual_hash", "height", "width"
@@ -18,19 +19,36 @@ def read_labels(folder: str | Path) -> dict[str, list]:
     path = Path(folder) / "labels.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no prepared data ({path.name}): prepare it first")
-    with path.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
+    try:
+        with path.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}): prepare the data again") from None
     if rows and (missing := set(LABEL_COLUMNS) - rows[0].keys()):
         raise ValueError(
             f"{folder} was prepared by another version (no {', '.join(sorted(missing))} in "
             "labels.csv): prepare it again"
         )
-    return {c: [row[c] if c in _TEXT else int(row[c]) for row in rows] for c in LABEL_COLUMNS}
+    try:
+        return {c: [row[c] if c in _TEXT else int(row[c]) for row in rows] for c in LABEL_COLUMNS}
+    except (TypeError, ValueError):  # of a row that was cut off
+        raise ValueError(
+            f"{path} is damaged, a row lacks its end: prepare the data again"
+        ) from None
 
 
 def read_transform_id(folder: str | Path) -> str:
     """Returns what was done to the pictures of a prepared folder ('' for nothing)."""
-    return json.loads((Path(folder) / "prepare.json").read_text()).get("transform_id", "")
+    return read_account(folder).get("transform_id", "")
+
+
+def read_account(folder: str | Path) -> dict[str, Any]:
+    """Returns what `prepare` told of a folder; raises ValueError where that is gone or damaged."""
+    path = Path(folder) / "prepare.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): prepare the data again") from None
 
 
 def records_folder(folder: str | Path) -> Path:

@@ -120,6 +120,14 @@ def test_linked_folder_is_read_once_and_a_loop_ends(tmp_path):
     assert read(source)[0] == {"faces/a.jpg": b"A"}
 
 
+def test_link_to_nothing_is_listed_and_the_rest_goes_on(tmp_path):
+    source = write_folder(tmp_path / "source", {"a.jpg": b"A"})
+    (source / "b.jpg").symlink_to(tmp_path / "nothing")
+    images, skipped = read(source)
+    assert list(images) == ["a.jpg"] and "b.jpg" in skipped
+    assert [row[0] for row in describe(source)] == ["a.jpg", "b.jpg"]
+
+
 def test_name_that_is_no_utf8_can_be_written(tmp_path):
     path = tmp_path / "old.tar"
     with tarfile.open(path, "w", encoding="latin-1") as archive:

@@ -20,7 +20,7 @@ def write_run(path, predicted, *, seed=0, lr=1e-3, age=None, files=None, data="u
     folder.mkdir(parents=True)
     config = {"seed": seed, "optim": {"lr": lr}, "data": {"name": data, "workers": seed}, **config}
     (path / "config.json").write_text(json.dumps(config))
-    metrics = {"data_name": data, "step": 9, "conformal": {"covered": 0.9}}
+    metrics = {"data_name": data, "step": 9, "images": n, "conformal": {"covered": 0.9}}
     metrics |= dict.fromkeys(compare.MEASURES, 0.0)
     (folder / "metrics.json").write_text(json.dumps(metrics))
     rows = [
@@ -106,6 +106,10 @@ def test_what_cannot_be_compared_is_told_in_one_line(runs, tmp_path):
     bare.mkdir()
     old = write_run(tmp_path / "old", age)
     write_csv(old / "evaluate/test/predictions.csv", [{"file": "a", "age": 1, "predicted": 1}])
+    cut, torn = write_run(tmp_path / "cut", age), write_run(tmp_path / "torn", age)
+    table = cut / "evaluate/test/predictions.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:9]))
+    (torn / "config.json").write_text("{")
     cases = [
         ([runs[0]], "at least two runs"),
         ([runs[0], runs[0]], "each once"),
@@ -113,6 +117,9 @@ def test_what_cannot_be_compared_is_told_in_one_line(runs, tmp_path):
         ([runs[0], tmp_path / "gone"], "no such run"),
         ([runs[0], old], "older version: run coatnet-jax evaluate .*old again"),
         ([runs[0], write_run(tmp_path / "w", age, data="wild")], "no common faces .*w on wild"),
+        ([runs[0], write_run(tmp_path / "one", age[:1])], "one face in common"),
+        ([runs[0], cut], "damaged .faces are missing.: run coatnet-jax evaluate .*cut again"),
+        ([runs[0], torn], "torn/config.json is damaged"),
         ([runs[0], write_run(tmp_path / "x", age, age=age + 1)], "x was evaluated with other ages"),
     ]
     for paths, message in cases:
@@ -132,6 +139,28 @@ def test_missing_evaluation_is_made_first(runs, tmp_path, capsys):
 
     compare.run(runs, out=tmp_path / "out", evaluate=evaluate)
     assert made == [runs[1]] and "evaluating it" in capsys.readouterr().out
+
+
+def test_evaluation_of_an_older_checkpoint_is_made_again(runs, tmp_path, monkeypatch, capsys):
+    (runs[1] / "checkpoints").mkdir()
+    monkeypatch.setattr(compare, "best_step", lambda path: 12)
+    with pytest.raises(ValueError, match="the best step is 12 now, of step 9 is .*b/evaluate/test"):
+        compare.run(runs, out=tmp_path / "out")
+    made = []
+    compare.run(runs, out=tmp_path / "out", evaluate=made.append)
+    assert made == [runs[1]] and "evaluating it" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "best_step", lambda path: 9)
+    compare.run(runs, out=tmp_path / "out", evaluate=made.append)
+    assert made == [runs[1]]
+
+
+def test_a_soup_is_not_a_seed_of_its_runs(runs, tmp_path):
+    (runs[1] / "run.json").write_text(json.dumps({"averaged": 2}))
+    result = compare.run(runs[:2], out=tmp_path / "out")
+    assert {"setting": "averaged", "a": None, "b": 2} in result["settings"]
+    assert not result["seeds"]
+    (runs[1] / "run.json").unlink()
+    assert compare.run(runs[:2], out=tmp_path / "out")["seeds"]  # they differ in the seed alone
 
 
 def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path):

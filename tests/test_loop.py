@@ -1,5 +1,6 @@
 """The training loop by itself, with steps that only count: stops, early stopping, checkpoints."""
 
+import json
 import os
 import signal
 
@@ -61,6 +62,17 @@ def train(workdir, scores, *, train_step=count, **changes):
         )
     finally:
         checkpoints.close()
+
+
+def test_row_that_was_cut_off_is_dropped_and_the_rest_stays(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write(step=step, epoch=step, split="validation", mae=1.0)
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "ep')
+    assert [row["step"] for row in log.rows("validation")] == [1, 2, 3]
+    log.keep_until(2)
+    assert [row["step"] for row in map(json.loads, log.path.read_text().splitlines())] == [1, 2]
 
 
 SCORES = [9.0, 5.0, 6.0, 7.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0]

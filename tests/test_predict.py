@@ -1,6 +1,7 @@
 """Reading pictures of any kind, the rows and pictures written, and what happens to bad files."""
 
 import csv
+import os
 import re
 from types import SimpleNamespace
 
@@ -183,6 +184,15 @@ def test_unreadable_files_are_listed_and_the_rest_goes_on(run, tmp_path, capsys)
     assert "skipped" in capsys.readouterr().out
     predict.run("run", [good], out=tmp_path / "out")
     assert not (tmp_path / "out/skipped.csv").exists()
+
+
+def test_name_that_is_no_utf8_loses_no_prediction(run, tmp_path):
+    picture(tmp_path / "in/a.jpg").rename(os.fsdecode(bytes(tmp_path / "in") + b"/caf\xe9.jpg"))
+    (tmp_path / "in" / os.fsdecode(b"\xe9.png")).write_text("no picture")
+    (row,) = predict.run("run", [tmp_path / "in"], out=tmp_path / "out")
+    assert row["file"].endswith("caf\ufffd.jpg")
+    assert "caf\ufffd.jpg" in (tmp_path / "out/predictions.csv").read_text(encoding="utf-8")
+    assert "\ufffd.png" in (tmp_path / "out/skipped.csv").read_text(encoding="utf-8")
 
 
 def test_wrong_inputs_are_told_in_one_line(run, tmp_path):

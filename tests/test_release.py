@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from coatnet_jax import predict, pretrained, release, release_weights
-from coatnet_jax.checkpoint import load_variables
+from coatnet_jax.checkpoint import check_unused, load_variables
 from coatnet_jax.config import load_config, read_config
 from coatnet_jax.release_card import release_card
 
@@ -128,6 +128,49 @@ def test_release_holds_no_path_of_the_machine(run_dir, variables, tmp_path, monk
     assert text in (out / "MODEL_CARD.md").read_text()
 
 
+def test_a_release_is_told_where_its_weights_come_from(run_dir, variables, tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=lambda *_, **__: METRICS))
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    told = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(told | {"averaged": 3, "finished": True}))
+    release.write_release(run_dir, "data", tmp_path / "once")
+    release.write_release(tmp_path / "once", "data", tmp_path / "twice")
+    cards = [(tmp_path / name / "MODEL_CARD.md").read_text() for name in ("once", "twice")]
+    assert cards[0] == cards[1]
+    assert "the mean of 3 such runs" in cards[0] and "simclr pre-training" in cards[0]
+    (run_dir / "run.json").write_text(json.dumps(told))
+    release.write_release(run_dir, "data", tmp_path / "stopped")
+    assert "100 epochs, stopped at step 9, after" in (
+        tmp_path / "stopped" / "MODEL_CARD.md"
+    ).read_text().replace("60 epochs", "100 epochs")
+
+
+def test_a_release_spoils_no_run(run_dir, variables, tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    for out in (run_dir, other):
+        with pytest.raises(ValueError, match="folder of a run, which this would ruin"):
+            release.write_release(run_dir, "data", out)
+    release_weights.save_weights(other / release_weights.FILE, variables, step=1)
+    for path in (other, tmp_path / "new"):
+        path.mkdir(exist_ok=True)
+    release_weights.save_weights(tmp_path / "new" / release_weights.FILE, variables, step=1)
+    for path, holds in ((other, "a run"), (tmp_path / "new", "a released model")):
+        with pytest.raises(ValueError, match=f"holds {holds} already; give a new --workdir"):
+            check_unused(path, flag="--workdir")
+
+
+def test_evaluations_of_another_step_are_left_out_of_the_card(run_dir, capsys):
+    for name, step, same in (("test", 9, True), ("wild-all", 9, False), ("old-all", 3, False)):
+        folder = run_dir / "evaluate" / name
+        folder.mkdir(parents=True)
+        told = {"step": step, "trained_on": {"same_data": same}, "data_name": name}
+        (folder / "metrics.json").write_text(json.dumps(told))
+    assert [found["data_name"] for found in release._other_sets(run_dir, step=9)] == ["wild-all"]
+    assert "old-all is of step 3, the release of step 9: left out" in capsys.readouterr().out
+
+
 def test_card_tells_every_stage_that_the_weights_went_through(run_dir):
     again = run_dir.parent / "again"
     again.mkdir()
@@ -206,6 +249,8 @@ def test_the_packaged_model_is_small_and_answers(tmp_path, capsys):
 
 def test_without_a_run_the_packaged_model_predicts(run_dir, tmp_path):
     photo = tmp_path / "a.jpg"
+    assert predict.split_run([run_dir, photo]) == (run_dir, [photo])
+    (run_dir / "config.json").unlink()  # it stays a run, though a damaged one
     assert predict.split_run([run_dir, photo]) == (run_dir, [photo])
     assert predict.split_run([photo]) == (release_weights.PACKAGED, [photo])
     assert predict.split_run([tmp_path, photo]) == (release_weights.PACKAGED, [tmp_path, photo])

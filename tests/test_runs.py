@@ -21,6 +21,7 @@ from coatnet_jax import (
     inference,
     loop,
     pretrain,
+    release_weights,
     sharding,
     stage,
 )
@@ -225,6 +226,17 @@ def test_finished_run_is_left_as_it_is(drawn_root, pretrained):
     assert time.monotonic() - started < 60
 
 
+def test_run_without_its_record_writes_it_anew(drawn_root, pretrained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(pretrained, workdir)
+    (workdir / "run.json").unlink()
+    assert pretrain.run(tiny("pretrain", drawn_root), workdir)
+    assert json.loads((workdir / "run.json").read_text())["finished"] is True
+    (workdir / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json is damaged"):
+        pretrain.run(tiny("pretrain", drawn_root), workdir)
+
+
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_all_training_faces_and_no_others_are_trained_on(kind, drawn_root, tmp_path, monkeypatch):
     shard_batch, seen = loop.shard_batch, set()
@@ -355,6 +367,13 @@ def call(capsys, *argv):
     return stop.value.code or 0, capsys.readouterr().err
 
 
+BAD_VALUES = (
+    *("batch_size=0", "log_every=0", "epochs=-1", "epochs=nan", "ema=2", "mixup=-1"),
+    *("model.drop_path=1.5", "model.std=(0,0,0)", "optim.layer_decay=-1", "data.crop=foo"),
+    *("augment.crop=0.5", "augment.crop=(1.0,0.5)", "optim.warmup_epochs=99"),
+)
+
+
 def test_command_line_errors_are_one_line(drawn_root, pretrained, finetuned, tmp_path, capsys):
     root = f"--config.data.root={drawn_root}"
     pre = ["pretrain", "--config=pretrain:atto,drawn", root, f"--workdir={tmp_path}/x"]
@@ -365,6 +384,11 @@ def test_command_line_errors_are_one_line(drawn_root, pretrained, finetuned, tmp
         file.write_bytes(b"nonsense")
     empty = tmp_path / "empty"
     empty.mkdir()
+    a_file, released, damaged = (tmp_path / name for name in ("file", "released", "damaged"))
+    a_file.touch()
+    shutil.copytree(release_weights.PACKAGED, released)
+    shutil.copytree(finetuned, damaged)
+    (damaged / "config.json").write_text('{"stage": ')
     commands = [
         ["prepare", str(tmp_path / "missing.zip"), "--root", str(tmp_path)],
         ["prepare", str(empty), "--root", str(tmp_path)],
@@ -393,6 +417,12 @@ def test_command_line_errors_are_one_line(drawn_root, pretrained, finetuned, tmp
         ["evaluate", str(finetuned), "--decode", "mode"],
         ["evaluate", str(empty)],
         ["embed", str(pretrained), "--split", "holdout"],
+        ["embed", str(pretrained), "--split", "validation+train"],
+        ["evaluate", str(finetuned), "--out", str(a_file)],
+        ["evaluate", str(damaged)],
+        ["finetune", "--config=finetune:atto,drawn", root, f"--workdir={a_file}/x"],
+        ["finetune", "--config=finetune:atto,drawn", root, f"--workdir={released}"],
+        *([*fine, f"--config.{bad}"] for bad in BAD_VALUES),
         ["predict", str(pretrained), str(tmp_path / "missing.jpg")],
     ]
     for command in commands:

@@ -50,6 +50,7 @@ def write_run(drawn_root, tmp_path):
         save_variables(tmp_path / name, variables)
         (tmp_path / name / "config.json").write_text(config.to_json())
         told = {"data_fingerprint": fingerprint, "git_revision": "abc", "wall_seconds": 60.0} | told
+        told = {"parameters": 9, "devices": ["cpu"], "finished": True} | told
         (tmp_path / name / "run.json").write_text(json.dumps(told))
         return tmp_path / name
 
@@ -107,13 +108,10 @@ def test_greedy_takes_what_helps_and_leaves_out_what_does_not(
         (str(good), True),
         (str(ruined), False),
     ]
-    for a, b in zip(
-        jax.tree.leaves(load_variables(tmp_path / "soup")[0]),
-        jax.tree.leaves(variables),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
-    assert "1 of 2 runs" in capsys.readouterr().out
+    found = load_variables(tmp_path / "soup")[0]["params"]
+    jax.tree.map(np.testing.assert_array_equal, found, variables["params"])
+    out = capsys.readouterr().out
+    assert "the mean of 1 of 2 runs" in out and f"{good}, new statistics" in out
 
 
 def test_greedy_order():
@@ -157,6 +155,19 @@ def test_statistics_are_those_of_the_training_views(config, drawn_root, monkeypa
             assert (found["norm"]["var"] < views.var((0, 1, 2))).all()
 
 
+def test_frozen_stages_keep_their_statistics(config, variables, drawn_root):
+    config = config.copy_and_resolve_references()
+    config.optim.train_from = "stage2"
+    faces = open_split(drawn_root / "drawn", "train")
+    found = soup.with_new_statistics(config, variables, faces, n_faces=16)["batch_stats"]
+    before = variables["batch_stats"]["backbone"]
+    same = {
+        name: all(np.allclose(a, b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
+        for name, *pair in ((n, found["backbone"][n], before[n]) for n in before)
+    }
+    assert same == {name: not name.startswith("stage2") for name in before}
+
+
 def test_model_without_batchnorm_stays_as_it_is(config, drawn_root):
     plain = {"params": {}, "batch_stats": {}}
     faces = open_split(drawn_root / "drawn", "train")
@@ -188,6 +199,16 @@ def test_runs_that_do_not_fit_are_refused(config, variables, write_run, drawn_ro
         soup.run(both, out, data)
     with pytest.raises(ValueError, match="holds a run already"):
         soup.run([good, elsewhere], good, data)
+    stopped = write_run("stopped", config, variables, finished=False)
+    with pytest.raises(ValueError, match="stopped before its end"):
+        soup.run([good, stopped], out, data)
+    started = config.copy_and_resolve_references()
+    started.init_from = str(good)
+    with pytest.raises(ValueError, match="started from other weights"):
+        soup.run([good, write_run("started", started, variables)], out, data)
+    diverged = jax.tree.map(lambda x: np.full_like(x, np.nan), variables)
+    with pytest.raises(ValueError, match="diverged"):
+        soup.run([good, write_run("diverged", config, diverged)], out, data)
     with pytest.raises(FileNotFoundError):
         soup.run([good, tmp_path / "nowhere"], out, data)
     assert not out.exists()
