@@ -78,7 +78,7 @@ def run(
             f"the split {split!r} holds faces of {knn_reference!r}, from which neighbours and "
             "probes learn: give a split without them"
         )
-    _check_size(len(faces))
+    _check_size(min(len(faces), max_points))
     chosen = choose_points(len(faces), max_points, seed=seed)
     perplexities = fitting_perplexities(perplexity, len(chosen))
     names = {"pretrain": "pre-trained", "finetune": "fine-tuned", "timm": "imported"}
@@ -198,7 +198,7 @@ def fitting_perplexities(perplexity: float | Sequence[float], n: int) -> list[fl
     Raises ValueError where one is not above 0.
     """
     given = [perplexity] if np.isscalar(perplexity) else list(perplexity)
-    if not given or min(given) <= 0:
+    if not given or not all(p > 0 for p in given):
         raise ValueError(f"perplexities are numbers above 0 (5 to 100 are usual), not {given}")
     return list(dict.fromkeys(round(float(min(p, (n - 1) / 3)), 2) for p in given))
 

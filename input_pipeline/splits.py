@@ -103,6 +103,10 @@ def read_splits(path: str | Path) -> dict[str, SplitRow]:
     if not path.is_file():
         raise FileNotFoundError(f"split file {path} does not exist")
     result: dict[str, SplitRow] = {}
+    try:
+        path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}): save it as such") from None
     with path.open(newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines)
         missing = {"file", "split"} - set(reader.fieldnames or ())

@@ -1,8 +1,10 @@
 """The commands in the README and the notebook are ones that the command line understands."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,28 @@ def test_documented_command_is_understood(line):
         assert config.stage == name
     else:
         _parser().parse_args([name, *argv])
+
+
+def test_script_of_the_released_model_is_understood(tmp_path):
+    """Its commands, as a stand-in for `coatnet-jax` is given them."""
+    stand_in = tmp_path / "bin" / "coatnet-jax"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/given\n')
+    stand_in.chmod(0o755)
+    subprocess.run(
+        [ROOT / "benchmarks" / "released_model.sh", tmp_path / "runs", "faces.tar"],
+        env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"},
+        check=True,
+    )
+    given = [line.split() for line in (tmp_path / "given").read_text().splitlines()]
+    assert given[0] == ["prepare", "faces.tar"] and given[-1][0] == "release"
+    sizes = []
+    for name, *argv in given:
+        if name in TRAINING:
+            config, workdir = parse_training_flags(argv, default=name)
+            sizes.append((workdir.name, *config.progressive) if name == "finetune" else ())
+        else:
+            _parser().parse_args([name, *argv])
+    assert sizes == [
+        (), ("b", 48, 64, 96), ("c", 80, 96, 112), ("e", 96, 112), ("f", 112, 128), ("g", 112, 128),
+    ]  # fmt: skip

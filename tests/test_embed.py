@@ -94,7 +94,7 @@ def test_perplexities_are_lowered_to_the_points_and_each_kept_once():
     assert embed.fitting_perplexities([30, 10, 100], 200) == [30, 10, 66.33]
     assert embed.fitting_perplexities([30, 10, 100], 31) == [10]
     assert embed.fitting_perplexities(30, 1000) == [30]
-    for wrong in ([], [30, 0], [-1]):
+    for wrong in ([], [30, 0], [-1], [float("nan")]):
         with pytest.raises(ValueError, match="numbers above 0"):
             embed.fitting_perplexities(wrong, 100)
 
@@ -127,7 +127,7 @@ def test_points_are_chosen_once_each_and_by_seed():
 
 @pytest.mark.parametrize(
     ("z", "message"),
-    [(np.ones((4, 8)), "at least 10 faces, the split holds 4"), (np.full((20, 8), np.nan), "NaN")],
+    [(np.ones((4, 8)), "at least 10 faces, here are 4"), (np.full((20, 8), np.nan), "NaN")],
 )
 def test_wrong_features_are_told_in_one_line(z, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -244,7 +244,7 @@ def test_a_split_cannot_be_its_own_neighbours(joined, tmp_path):
 
 def test_too_small_a_split_is_refused_before_any_work(joined, tmp_path):
     joined["validation"] = fake_faces(3, 1)
-    with pytest.raises(ValueError, match="the split holds 3"):
+    with pytest.raises(ValueError, match="at least 10 faces, here are 3"):
         embed.run(tmp_path, "data")
 
 

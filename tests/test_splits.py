@@ -117,10 +117,11 @@ def test_rows_are_matched_by_name_and_checked_by_hash():
         ("file,split\n", "has no rows"),
         ("file,split\na.jpg,\n", "line 2: file or split is empty"),
         ("file,split\na.jpg,train\na.jpg,test\n", "a.jpg is in train and in test"),
+        ("file,split\ncaf\xe9.jpg,train\n", "not text in UTF-8"),
     ],
 )
 def test_bad_split_file_raises_with_the_reason(tmp_path, content, reason):
-    (tmp_path / "s.csv").write_text(content)
+    (tmp_path / "s.csv").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=reason):
         read_splits(tmp_path / "s.csv")
 
