@@ -25,7 +25,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, UInt8
 
-from coatnet_jax.ages import get_decoder
+from coatnet_jax.ages import N_AGES, get_decoder
 from coatnet_jax.batchnorm import MOMENTUM
 from coatnet_jax.checkpoint import check_unused, load_variables, save_variables
 from coatnet_jax.config import flat, read_config, read_json
@@ -55,8 +55,9 @@ def run(
 
     Greedy by the error on the validation split of `data_folder`, or with `uniform` all of them.
     Gives back what run.json tells under `soup`: each run's error in years, whether it was taken,
-    and the mean's error. Raises ValueError for less than two runs, runs that differ in model, loss,
-    data or start, that were stopped or diverged, and where `workdir` holds a run already.
+    the mean's error and, to compare with, that of the mean of all runs' probabilities. Raises
+    ValueError for less than two runs, runs that differ in model, loss, data or start, that were
+    stopped or diverged, and where `workdir` holds a run already.
     """
     paths = [Path(path) for path in run_dirs]
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
@@ -74,25 +75,36 @@ def run(
         )
     validation = open_split(data_folder, "validation", splits=splits)
 
-    def error(config: ml_collections.ConfigDict, variables: Any) -> float:
-        return validation_error(config, variables, validation, batch_size=batch_size)
+    ages = validation.labels["age"]
+
+    def probabilities(config: ml_collections.ConfigDict, variables: Any) -> np.ndarray:
+        mesh = make_mesh()
+        run = Run(config, replicate(variables, mesh), mesh, batch_size=batch_size)
+        return predict_split(run, validation, run.probabilities, batch_size)[0].astype(np.float64)
+
+    def error(config: ml_collections.ConfigDict, p: np.ndarray) -> float:
+        return mae(ages, get_decoder(config.loss.get("decode", "median"))(p))
 
     def mix(chosen: Sequence[int]) -> tuple[Any, float]:
         # The views, and so the statistics, are those of the best run's training.
         config, mean = configs[chosen[0]], mean_variables([weights[i] for i in chosen])
         mean = with_new_statistics(config, mean, train)
-        found = error(config, mean)
+        found = error(config, probabilities(config, mean))
         names = " + ".join(str(paths[i]) for i in chosen)
         print(f"[soup] {names}, new statistics: {found:.3f} years", flush=True)
         return mean, found
 
-    errors = []
+    errors, together = [], np.zeros((len(ages), N_AGES))
     for path, config, variables in zip(paths, configs, weights, strict=True):
-        errors.append(error(config, variables))
+        p = probabilities(config, variables)
+        together += p / len(paths)
+        errors.append(error(config, p))
         print(f"[soup] {path}: validation error {errors[-1]:.3f} years", flush=True)
         if not math.isfinite(errors[-1]):
             raise ValueError(f"{path} predicts no numbers: it diverged, leave it out")
     order = sorted(range(len(paths)), key=errors.__getitem__)
+    ensemble = error(configs[order[0]], together)
+    print(f"[soup] mean of the probabilities of all: {ensemble:.3f} years", flush=True)
     if uniform:
         chosen, (variables, found) = order, mix(order)
     else:
@@ -108,6 +120,7 @@ def run(
     save_variables(workdir, variables)
     soup = {
         "validation_mae": round(found, 4),
+        "ensemble_mae": round(ensemble, 4),
         "runs": [
             {
                 "run": str(paths[i]),
@@ -160,16 +173,6 @@ def mean_variables(several: Sequence[Any]) -> Any:
         ),
         *several,
     )
-
-
-def validation_error(
-    config: ml_collections.ConfigDict, variables: Any, faces: Faces, *, batch_size: int
-) -> float:
-    """Mean absolute error in years of the ages as `evaluate` reads them: centres, mirror images."""
-    mesh = make_mesh()
-    run = Run(config, replicate(variables, mesh), mesh, batch_size=batch_size)
-    p, labels = predict_split(run, faces, run.probabilities, batch_size)
-    return mae(labels["age"], get_decoder(run.decode)(p))
 
 
 def with_new_statistics(

@@ -9,10 +9,11 @@ import pytest
 from flax import linen as nn
 
 from coatnet_jax import coatnet, evaluate, inference, release, sharding, soup
+from coatnet_jax.ages import get_decoder
 from coatnet_jax.batchnorm import BatchNorm
 from coatnet_jax.checkpoint import load_variables, save_variables
 from coatnet_jax.config import load_config
-from coatnet_jax.inference import build_model
+from coatnet_jax.inference import build_model, predict_split
 from coatnet_jax.train_state import init_variables
 from input_pipeline.images import decode_image
 from input_pipeline.pipeline import open_split
@@ -79,10 +80,17 @@ def test_uniform_mean_is_a_run_that_is_evaluated_and_released(
     assert [row["taken"] for row in told["runs"]] == [True] * 3
     errors = [row["validation_mae"] for row in told["runs"]]
     assert errors == sorted(errors)
+    data, decode = drawn_root / "drawn", get_decoder("median")
+    validation = open_split(data, "validation")
+    loaded = [inference.load_run(run) for run in runs]
+    p, labels = zip(
+        *(predict_split(each, validation, each.probabilities, 16) for each in loaded), strict=True
+    )
+    off = np.abs(decode(np.mean(p, axis=0, dtype=np.float64)) - labels[0]["age"])
+    assert told["ensemble_mae"] == pytest.approx(off.mean(), abs=1e-3)
     run = json.loads((tmp_path / "soup" / "run.json").read_text())
     assert run["soup"] == told and run["wall_seconds"] == 180
     # What the soup says of itself and of its runs is what `evaluate` finds.
-    data = drawn_root / "drawn"
     best = told["runs"][0]
     for folder, said in (
         (tmp_path / "soup", told["validation_mae"]),
