@@ -35,8 +35,11 @@ def run(data: list[str] | None, workdir: Path, *, root: str = "", tiny: bool = F
     _say("3/7 pre-training (SimCLR)")
     config = _config(f"pretrain:{words}", name, root)
     _finish(pretrain.run(config, workdir / "pretrain"))
-    _say("4/7 looking at the latent space (t-SNE)")
-    embed.run(workdir / "pretrain", folder, max_points=200 if tiny else 2000)
+    if (faces := len(open_split(folder, "validation"))) < embed.SMALLEST:
+        _say(f"4/7 left out: {faces} validation faces are too few for a t-SNE")
+    else:
+        _say("4/7 looking at the latent space (t-SNE)")
+        embed.run(workdir / "pretrain", folder, max_points=200 if tiny else 2000)
     _say("5/7 fine-tuning for age")
     config = _config(f"finetune:{words}", name, root)
     config.init_from = str(workdir / "pretrain")

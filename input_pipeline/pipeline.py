@@ -80,7 +80,13 @@ class Faces:
         """Returns the image files of these rows."""
         if self.files is not None:
             return [self.files[i] for i in rows]
-        found = self._source.__getitems__([int(self.records[i]) for i in rows])
+        try:
+            found = self._source.__getitems__([int(self.records[i]) for i in rows])
+        except Exception as error:  # the readers raise many kinds for damaged files
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise ValueError(
+                f"the records of {self.folder} cannot be read ({reason}): prepare the data again"
+            ) from None
         # The record's own message: a fifth of the time that TFDS takes, which holds Python's lock.
         read = tf_example_generated_pb2.Example.FromString
         return [read(data).features.feature["image"].bytes_list.value[0] for data in found]

@@ -1,5 +1,6 @@
 """The batch stream: complete, reshuffled, the same for any workers and processes, and resumable."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -357,3 +358,13 @@ def test_real_faces_are_counted_as_published(real_faces, tmp_path):
         assert published["straddling_identical_groups"] == 77
     shares = [count / info["kept"] for count in info["classes"].values()]
     np.testing.assert_allclose(shares, (0.179, 0.539, 0.182, 0.101), atol=0.002)
+
+
+def test_damaged_records_ask_to_prepare_again(folder, tmp_path):
+    damaged = tmp_path / "utkface"
+    shutil.copytree(folder, damaged)
+    (records,) = damaged.rglob("*.array_record*")
+    records.write_bytes(records.read_bytes()[:2000])
+    faces = open_split(damaged, "train")
+    with pytest.raises(ValueError, match="records of .*utkface cannot be read .*prepare the data"):
+        faces.read_images(range(len(faces)))
