@@ -110,6 +110,8 @@ def test_what_cannot_be_compared_is_told_in_one_line(runs, tmp_path):
     table = cut / "evaluate/test/predictions.csv"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:9]))
     (torn / "config.json").write_text("{")
+    half = write_run(tmp_path / "half", age)
+    (half / "evaluate/test/metrics.json").write_text('{"step": 9, ')
     cases = [
         ([runs[0]], "at least two runs"),
         ([runs[0], runs[0]], "each once"),
@@ -120,6 +122,7 @@ def test_what_cannot_be_compared_is_told_in_one_line(runs, tmp_path):
         ([runs[0], write_run(tmp_path / "one", age[:1])], "one face in common"),
         ([runs[0], cut], "damaged .faces are missing.: run coatnet-jax evaluate .*cut again"),
         ([runs[0], torn], "torn/config.json is damaged"),
+        ([runs[0], half], "half/evaluate/test/metrics.json is damaged"),
         ([runs[0], write_run(tmp_path / "x", age, age=age + 1)], "x was evaluated with other ages"),
     ]
     for paths, message in cases:

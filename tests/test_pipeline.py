@@ -19,6 +19,7 @@ from input_pipeline.pipeline import (
     train_loader,
 )
 from input_pipeline.prepare import prepare
+from input_pipeline.prepared import read_account, read_labels
 
 N = 60
 
@@ -368,3 +369,16 @@ def test_damaged_records_ask_to_prepare_again(folder, tmp_path):
     faces = open_split(damaged, "train")
     with pytest.raises(ValueError, match="records of .*utkface cannot be read .*prepare the data"):
         faces.read_images(range(len(faces)))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("labels.csv", b"file,age\xff\n"), ("labels.csv", None), ("prepare.json", b"{")],
+)
+def test_damaged_account_or_labels_ask_to_prepare_again(folder, tmp_path, file, content):
+    damaged = tmp_path / "utkface"
+    shutil.copytree(folder, damaged)
+    whole = (damaged / file).read_bytes()
+    (damaged / file).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=f"{file} .*prepare the data again"):
+        read_labels(damaged) if file == "labels.csv" else read_account(damaged)
