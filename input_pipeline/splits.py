@@ -6,6 +6,7 @@ ages; a random split by file would put copies of test faces into the training se
 
 import csv
 import hashlib
+import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -104,10 +105,10 @@ def read_splits(path: str | Path) -> dict[str, SplitRow]:
         raise FileNotFoundError(f"split file {path} does not exist")
     result: dict[str, SplitRow] = {}
     try:
-        path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}): save it as such") from None
-    with path.open(newline="", encoding="utf-8-sig") as lines:
+    with io.StringIO(text, newline="") as lines:
         reader = csv.DictReader(lines)
         missing = {"file", "split"} - set(reader.fieldnames or ())
         if missing:

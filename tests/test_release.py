@@ -140,9 +140,8 @@ def test_a_release_is_told_where_its_weights_come_from(run_dir, variables, tmp_p
     assert "the mean of 3 such runs" in cards[0] and "simclr pre-training" in cards[0]
     (run_dir / "run.json").write_text(json.dumps(told))
     release.write_release(run_dir, "data", tmp_path / "stopped")
-    assert "100 epochs, stopped at step 9, after" in (
-        tmp_path / "stopped" / "MODEL_CARD.md"
-    ).read_text().replace("60 epochs", "100 epochs")
+    card = (tmp_path / "stopped" / "MODEL_CARD.md").read_text()
+    assert "60 epochs, stopped at step 9, after" in card
 
 
 def test_a_release_spoils_no_run(run_dir, variables, tmp_path, monkeypatch):
