@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -71,3 +72,20 @@ def compiled_once(tmp_path_factory):
     yield
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()  # without it, the cache would be written to the end
+
+
+@pytest.fixture(scope="module")
+def small_atto(compiled_once):
+    """A smaller `coatnet_atto`, compiled once for the module; called with the modules that make a
+    mesh, it has them take one device. Where the run is tested, compile time is most of the time."""
+    from coatnet_jax import coatnet, sharding
+
+    with pytest.MonkeyPatch.context() as patch:
+        small = coatnet.CoAtNetConfig((8, 8, 16, 32, 32), (1, 1, 1, 1, 1))
+        patch.setitem(coatnet.VARIANTS, "coatnet_atto", small)
+
+        def on_one_device(*users):
+            for user in users:
+                patch.setattr(user, "make_mesh", functools.partial(sharding.make_mesh, 1))
+
+        yield on_one_device

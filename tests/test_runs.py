@@ -4,7 +4,7 @@ import csv
 import json
 import shutil
 import time
-from functools import partial, reduce
+from functools import reduce
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from coatnet_jax import (
-    coatnet,
     embed,
     evaluate,
     finetune,
@@ -33,15 +32,8 @@ from input_pipeline.prepare import prepare
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles(compiled_once):
-    """A small `coatnet_atto` on one device, compiled once for all runs of a kind: what is tested
-    here is the run, and compile time is most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        small = coatnet.CoAtNetConfig((8, 8, 16, 32, 32), (1, 1, 1, 1, 1))
-        patch.setitem(coatnet.VARIANTS, "coatnet_atto", small)
-        for user in (stage, inference):
-            patch.setattr(user, "make_mesh", partial(sharding.make_mesh, 1))
-        yield
+def quick_compiles(small_atto):
+    small_atto(stage, inference)
 
 
 def tiny(kind, root, *, words="", **changes):

@@ -1,14 +1,13 @@
 """The mean of several runs: its weights, its BatchNorm statistics, which runs are taken, errors."""
 
 import json
-from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from coatnet_jax import coatnet, evaluate, inference, release, sharding, soup
+from coatnet_jax import evaluate, inference, release, soup
 from coatnet_jax.ages import get_decoder
 from coatnet_jax.batchnorm import BatchNorm
 from coatnet_jax.checkpoint import load_variables, save_variables
@@ -20,13 +19,8 @@ from input_pipeline.pipeline import open_split
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles(compiled_once):
-    with pytest.MonkeyPatch.context() as patch:
-        small = coatnet.CoAtNetConfig((8, 8, 16, 32, 32), (1, 1, 1, 1, 1))
-        patch.setitem(coatnet.VARIANTS, "coatnet_atto", small)
-        for user in (soup, inference):
-            patch.setattr(user, "make_mesh", partial(sharding.make_mesh, 1))
-        yield
+def quick_compiles(small_atto):
+    small_atto(soup, inference)
 
 
 @pytest.fixture(scope="module")
