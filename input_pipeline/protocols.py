@@ -16,6 +16,9 @@ from input_pipeline.splits import (
 FOLDS = 5
 # A published protocol often has no validation split; this share of its training split is taken.
 VALIDATION_SHARE = 0.1
+# What `82_3_15` leaves of the validation split of `default`: enough to set intervals and to see
+# that a training goes well, once its settings have been chosen.
+KEPT_SHARE = 0.2
 
 
 class Images(NamedTuple):
@@ -35,16 +38,20 @@ class Protocol(NamedTuple):
 
 
 def own_protocols(images: Images, *, seed: int = 0) -> dict[str, Protocol]:
-    """Returns `default` (70/15/15), `80_10_10` and `fold0` to `fold4` (60/20/20) of the images.
+    """Returns `default` (70/15/15), `82_3_15`, `80_10_10` and `fold0` to `fold4` (60/20/20).
 
-    Fold k has the k-th fifth as its test split and the next fifth for validation.
+    `82_3_15` has the test split of `default` and trains on its training split and four fifths of
+    its validation split: for the last training, when nothing is left to choose. Fold k has the k-th
+    fifth as its test split and the next fifth for validation.
     """
 
     def assign(*fractions: tuple[str, float]) -> list[str]:
         return assign_splits(images.groups, images.ages, fractions=fractions, seed=seed).tolist()
 
+    default = assign(("train", 0.7), ("validation", 0.15), ("test", 0.15))
     made = {
-        "default": assign(("train", 0.7), ("validation", 0.15), ("test", 0.15)),
+        "default": default,
+        "82_3_15": _divide(images, default, "validation", kept=KEPT_SHARE, seed=seed),
         "80_10_10": assign(("train", 0.8), ("validation", 0.1), ("test", 0.1)),
     }
     fifths = assign(*((str(k), 1 / FOLDS) for k in range(FOLDS)))
@@ -79,17 +86,28 @@ def with_validation(
     present = set(protocol.splits)
     if "train" not in present or "validation" in present:
         return {name: protocol}
-    rows = [row for row, split in enumerate(protocol.splits) if split == "train"]
+    splits = _divide(images, protocol.splits, "train", kept=1 - VALIDATION_SHARE, seed=seed)
+    return {name: protocol, f"{name}_val": Protocol(splits, protocol.counts)}
+
+
+def _divide(
+    images: Images, splits: Sequence[str], divided: str, *, kept: float, seed: int
+) -> list[str]:
+    """`splits` with the images of one split divided anew between it, a share of `kept`, and the
+    other of train and validation."""
+    other = {"train": "validation", "validation": "train"}[divided]
+    rows = [row for row, split in enumerate(splits) if split == divided]
+    shares = {divided: kept, other: 1 - kept}
     parts = assign_splits(
         [images.groups[row] for row in rows],
         [images.ages[row] for row in rows],
-        fractions=(("train", 1 - VALIDATION_SHARE), ("validation", VALIDATION_SHARE)),
+        fractions=[(name, shares[name]) for name in ("train", "validation")],
         seed=seed,
     )
-    splits = list(protocol.splits)
+    result = list(splits)
     for row, part in zip(rows, parts.tolist(), strict=True):
-        splits[row] = part
-    return {name: protocol, f"{name}_val": Protocol(splits, protocol.counts)}
+        result[row] = part
+    return result
 
 
 def write_protocol(

@@ -306,7 +306,7 @@ def test_unknown_names_list_the_known_ones(folder, tmp_path):
     with pytest.raises(ValueError, match=f"unknown split 'valdation' .*{known}"):
         open_split(folder, "valdation")
     with pytest.raises(
-        ValueError, match="unknown splits 'other': .* has 80_10_10, default, fold0, .*; a CSV"
+        ValueError, match="unknown splits 'other': .* has 80_10_10, 82_3_15, default, fold0, .*; a CSV"
     ):
         open_split(folder, "train", splits="other")
     with pytest.raises(FileNotFoundError, match="prepare it first"):

@@ -1,5 +1,7 @@
 """Protocols: folds cover the set, given splits come back as they were, copies are counted."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -31,7 +33,7 @@ def sizes(splits):
 
 def test_own_protocols_have_their_shares_and_part_no_group(images, tmp_path):
     made = own_protocols(images)
-    assert list(made) == ["default", "80_10_10", *(f"fold{k}" for k in range(5))]
+    assert list(made) == ["default", "82_3_15", "80_10_10", *(f"fold{k}" for k in range(5))]
     for name, (train, validation) in {
         "default": (280, 60), "80_10_10": (320, 40), "fold0": (240, 80), "fold4": (240, 80),
     }.items():  # fmt: skip
@@ -40,6 +42,19 @@ def test_own_protocols_have_their_shares_and_part_no_group(images, tmp_path):
     for name, protocol in made.items():
         account = write_protocol(tmp_path / f"{name}.csv", images, protocol, transform_id="")
         assert account["straddling_groups"] == 0
+
+
+def test_the_last_training_keeps_the_test_split_and_part_of_the_validation_split(images):
+    made = own_protocols(images)
+    moves = Counter(zip(made["default"].splits, made["82_3_15"].splits, strict=True))
+    before = sizes(made["default"].splits)
+    kept = moves.pop(("validation", "validation"))
+    assert abs(kept - before["validation"] / 5) <= 3
+    assert moves == {
+        ("train", "train"): before["train"],
+        ("validation", "train"): before["validation"] - kept,
+        ("test", "test"): before["test"],
+    }
 
 
 def test_every_image_is_once_in_test_and_once_in_validation_of_the_folds(images):
