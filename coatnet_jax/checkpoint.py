@@ -20,6 +20,7 @@ from coatnet_jax.baselines.vit import adapt_positions
 from coatnet_jax.coatnet import adapt_relative_bias
 from coatnet_jax.release_weights import is_released, load_released
 from coatnet_jax.train_state import TrainState
+from input_pipeline.errors import first_line
 
 FOLDER = "checkpoints"
 # Stands for "not evaluated" in checkpoints that are saved between two evaluations.
@@ -83,7 +84,7 @@ class Checkpoints:
             saved = _shapes(self.manager, step, "variables")
         except Exception as error:  # orbax raises many kinds for damaged files
             raise ValueError(
-                f"the checkpoint {folder} cannot be read ({_first_line(error)}); it is damaged: "
+                f"the checkpoint {folder} cannot be read ({first_line(error)}); it is damaged: "
                 "delete that folder to go on from the one before, or give a new --workdir"
             ) from None
         _check_same(saved, like["variables"], saved_name=str(folder), model_name="this config")
@@ -98,7 +99,7 @@ class Checkpoints:
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise ValueError(
                 f"{folder} does not fit this config's optimizer or moving average "
-                f"({_first_line(error)}); use the config it was started with, or a new --workdir"
+                f"({first_line(error)}); use the config it was started with, or a new --workdir"
             ) from None
         variables, training = restored["variables"], restored["training"]
         optional = {name: restored[name] for name in _optional_items(state)}
@@ -171,7 +172,7 @@ def load_variables(run_dir: Path, *, which: str = "best") -> tuple[dict[str, Any
     except Exception as error:  # orbax raises many kinds for damaged files
         raise ValueError(
             f"the checkpoint {manager.directory / str(step)} cannot be read "
-            f"({_first_line(error)}); it is damaged or not one of ours"
+            f"({first_line(error)}); it is damaged or not one of ours"
         ) from None
     manager.close()
     return variables, step
@@ -267,7 +268,3 @@ def _check_same(
 
 def _leaf_name(path) -> str:
     return keystr(path, simple=True, separator="/")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -119,8 +119,7 @@ def read_run(path: Path, evaluation: str, *, name: str = "") -> Evaluated:
         (row["file"], row["pixel_hash"]): (int(row["age"]), float(row["predicted"])) for row in rows
     }
     config = OLDER | flat(read_json(path / "config.json"))
-    told = path / "run.json"
-    if told.is_file() and (averaged := read_json(told).get("averaged")):
+    if averaged := read_json(path / "run.json", optional=True).get("averaged"):
         config["averaged"] = averaged  # a soup has the config of its best run
     return Evaluated(name or path.name, metrics, config, predictions)
 

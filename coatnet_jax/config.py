@@ -112,13 +112,15 @@ def read_config(path: Path) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(_tuples(read_json(path, wants=("stage", "model", "data"))))
 
 
-def read_json(path: Path, *, wants: Sequence[str] = ()) -> dict[str, Any]:
+def read_json(path: Path, *, wants: Sequence[str] = (), optional: bool = False) -> dict[str, Any]:
     """The object in one of the JSON files of a run.
 
-    Raises FileNotFoundError where it is missing, ValueError where it is damaged or lacks a key that
-    is wanted.
+    Raises FileNotFoundError where it is missing ({} where it is `optional`), ValueError where it is
+    damaged or lacks a key that is wanted.
     """
     if not path.is_file():
+        if optional:
+            return {}
         raise FileNotFoundError(
             f"{path} is missing: {path.parent} is not the folder of a training run"
         )

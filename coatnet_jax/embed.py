@@ -58,10 +58,12 @@ def run(
     The scores take the whole split; neighbours and linear probes learn from the split
     `knn_reference`. At most `max_points` faces (drawn with `seed`) are laid out, by t-SNE at each
     `perplexity` and with `with_umap` by UMAP, and those also give the silhouette. Writes under
-    `out` (default `<run_dir>/embed`): embed.html, embed.md, embed.json, tsne.png (the first
-    perplexity), perplexities.png (all), umap.png, layouts as CSV and, with `show_faces`,
-    neighbours.png. Raises ValueError for a split too small, one that would be its own neighbours, a
-    perplexity that is not above 0, or UMAP where it is not installed.
+    `out` (default `<run_dir>/embed`, of other faces than the run's validation split
+    `<run_dir>/embed-…`): embed.html, embed.md, embed.json, tsne.png (the first perplexity),
+    perplexities.png (all), umap.png, layouts as CSV and, with `show_faces`, neighbours.png.
+    `splits` is the table of splits (default: the run's own, of another set `default`). Raises
+    ValueError for a split too small, one that would be its own neighbours, a perplexity that is not
+    above 0, or UMAP where it is not installed.
     """
     if knn_reference == split:
         raise ValueError(
@@ -70,7 +72,9 @@ def run(
     umap = _import_umap() if with_umap else None
     trained = load_run(Path(run_dir), which=which, batch_size=batch_size)
     untrained = random_run(trained.config, batch_size=batch_size)
-    splits = splits or trained.config.data.splits
+    trained_on = trained.config.data
+    own_set = Path(data_folder).name == trained_on.name
+    splits = splits or (trained_on.splits if own_set else "default")
     faces = open_split(data_folder, split, splits=splits)
     reference = open_split(data_folder, knn_reference, splits=splits)
     if np.isin(faces.labels["file"], reference.labels["file"]).any():
@@ -115,7 +119,7 @@ def run(
         "constant_class_accuracy": constant_accuracy(reference.labels["age"], faces.labels["age"]),
         "features": scores,
     }
-    out = Path(out) if out else Path(run_dir) / "embed"
+    out = Path(out) if out else Path(run_dir) / _folder_name(result, own_set)
     print(f"t-SNE of {len(chosen):,} faces, at {len(perplexities)} perplexities each …", flush=True)
     layouts = {
         key: lay_out(z[chosen], perplexities, seed=seed, umap=umap) for key, z in features.items()
@@ -127,6 +131,15 @@ def run(
     print(summary(result))
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     return result
+
+
+def _folder_name(result: Mapping[str, Any], own_set: bool) -> str:
+    """'embed' for the validation split of the run's own data; else with what differs, as in
+    'embed-test' or 'embed-wild-test'."""
+    parts = [] if own_set else [result["data_name"]]
+    if parts or result["split"] != "validation":
+        parts.append(result["split"])
+    return "-".join(["embed", *parts])
 
 
 def feature_scores(

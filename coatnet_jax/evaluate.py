@@ -35,7 +35,12 @@ from coatnet_jax.conformal import (
 )
 from coatnet_jax.groups import group_table, unknown_counts
 from coatnet_jax.inference import Run, load_run, predict_split
-from coatnet_jax.leaks import check_no_leak, trained_on, training_splits
+from coatnet_jax.leaks import (
+    check_no_leak,
+    check_stages_before,
+    trained_on,
+    training_splits,
+)
 from coatnet_jax.logs import environment
 from coatnet_jax.metrics import (
     accuracy,
@@ -95,9 +100,15 @@ def run(
     splits = splits or (trained_splits if own_set else "default")
     faces = open_split(data_folder, split, splits=splits)
     train = open_split(training_folder, "train", splits=trained_splits)
-    if not len(faces):
-        raise ValueError(f"the split {split!r} of {data_folder} ({splits}) holds no faces")
+    if len(faces) < 2:
+        raise ValueError(
+            f"the split {split!r} of {data_folder} ({splits}) holds {len(faces) or 'no'} face(s): "
+            "an error takes two or more; coatnet-jax predict tells single ages"
+        )
     leak_check = check_no_leak(faces, train, run_dir=run_dir)
+    leak_check["before"] = check_stages_before(
+        faces, run_dir, training_folder, fingerprint=train.fingerprint
+    )
     check_ages(faces.labels["age"], f"the split {split!r}")
     p, labels = predict_split(
         model, faces, lambda images: model.probabilities(images, flip=flip), batch_size

@@ -110,8 +110,22 @@ def circumstances(result: Mapping[str, Any]) -> str:
     if not trained["same_data"]:
         text += f" and never saw `{result['data_name']}`: **this is a test on another data set**"
     if copies := torn_copies(result):
-        return f"{text}. **{copies}**"
-    return text + "; none of the faces evaluated here is among them (compared by pixels)."
+        text += f". **{copies}**"
+    else:
+        text += "; none of the faces evaluated here is among them (compared by pixels)."
+    return text + _seen_before(result["leak_check"].get("before", []))
+
+
+def _seen_before(stages: Sequence[Mapping[str, Any]] | None) -> str:
+    """What earlier stages, trained on other tables of splits, saw of the faces evaluated."""
+    if stages is None or any(stage["seen"] is None for stage in stages):
+        return " Whether an earlier stage of the weights saw any of them is not known."
+    return "".join(
+        f" The {stage['stage']} stage before, on the splits `{stage['splits']}`, saw "
+        f"{stage['seen']:,} of these pictures without their ages."
+        for stage in stages
+        if stage["seen"]
+    )
 
 
 def torn_copies(result: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What a run was trained on, and whether any of it is among the faces it is judged by."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from coatnet_jax.config import read_json
+from coatnet_jax.lineage import stages_before
+from coatnet_jax.ssl.methods import METHODS
 from input_pipeline.pipeline import Faces, open_split
 
 
@@ -64,6 +67,46 @@ def check_no_leak(faces: Faces, train: Faces, *, run_dir: Path) -> dict[str, Any
     }
 
 
+def check_stages_before(
+    faces: Faces, run_dir: Path, folder: Path, *, fingerprint: str
+) -> list[dict[str, Any]] | None:
+    """How many of `faces` the stages before the run saw: stage, splits, and `seen` of each that was
+    trained on another table of `folder` than the run, whose `fingerprint` is given.
+
+    `seen` is None where that table is not there any more, the whole is None where the folder of a
+    stage is gone. Raises ValueError where ages of these faces were learned: their pictures alone,
+    as self-supervised methods see them, are counted.
+    """
+    try:
+        stages = stages_before(run_dir)
+    except ValueError as error:
+        print(f"not known whether an earlier stage saw these faces: {error}")
+        return None
+    found = []
+    for stage in stages:
+        if stage.get("data") != folder.name or stage.get("fingerprint") == fingerprint:
+            continue
+        splits = stage.get("splits", "default")
+        try:
+            train = open_split(folder, "train", splits=splits)
+        except (FileNotFoundError, ValueError):
+            train = None
+        same = train and stage.get("fingerprint", "") in ("", train.fingerprint)
+        seen = int(trained_on(faces, train).sum()) if same else None
+        found.append({"stage": stage["stage"], "splits": splits, "seen": seen})
+        if seen and _learned_ages(stage):
+            raise ValueError(
+                f"{seen:,} of the {len(faces):,} faces of {faces.folder} ({faces.split}) were in "
+                f"the training split {splits!r} of the {stage['stage']} stage that {run_dir} "
+                "started from: evaluate it on faces that no stage was trained on"
+            )
+    return found
+
+
+def _learned_ages(stage: Mapping[str, Any]) -> bool:
+    """Whether a stage was told ages; a pre-training that names no method is an old one, SimCLR."""
+    return stage["stage"] == "finetune" or METHODS[stage.get("method", "simclr")].labelled
+
+
 def _trained_fingerprint(run_dir: Path) -> str:
-    path = Path(run_dir) / "run.json"
-    return read_json(path).get("data_fingerprint", "") if path.is_file() else ""
+    return read_json(Path(run_dir) / "run.json", optional=True).get("data_fingerprint", "")

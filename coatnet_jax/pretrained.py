@@ -22,6 +22,7 @@ from coatnet_jax.coatnet_rw import RW_VARIANTS
 from coatnet_jax.import_timm import image_size, import_timm
 from coatnet_jax.logs import write_run_info
 from coatnet_jax.weight_files import read_weights
+from input_pipeline.errors import first_line
 
 NAMES = (
     "coatnet_nano_rw_224.sw_in1k",
@@ -154,8 +155,7 @@ def download(name: str) -> Path:
         for file in ("config.json", "model.safetensors"):
             path = hf_hub_download(f"timm/{known[0]}", file)
     except Exception as error:  # the hub raises many kinds where it cannot be reached
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ValueError(f"{known[0]} cannot be fetched ({reason}); {by_hand}") from None
+        raise ValueError(f"{known[0]} cannot be fetched ({first_line(error)}); {by_hand}") from None
     return Path(path)
 
 

@@ -16,6 +16,7 @@ from coatnet_jax import evaluate
 from coatnet_jax.checkpoint import FOLDER, load_variables
 from coatnet_jax.config import read_config, read_json, save_config
 from coatnet_jax.inference import check_sides
+from coatnet_jax.lineage import stages_before
 from coatnet_jax.pages import write_json
 from coatnet_jax.release_card import release_card
 from coatnet_jax.release_weights import FILE, is_released, save_weights
@@ -45,7 +46,7 @@ def write_release(
     if sides is not None:
         config.eval_sides = check_sides(sides)
     told = read_json(run_dir / "run.json", wants=WANTED)
-    before = told.get("before") or _stages_before(config.init_from)
+    before = stages_before(run_dir)
     others = _other_sets(run_dir, step=step)
     if out.resolve() == run_dir.resolve() or (out / FOLDER).is_dir():
         raise ValueError(f"{out} is the folder of a run, which this would ruin; give another --out")
@@ -67,32 +68,6 @@ def write_release(
     size = (out / FILE).stat().st_size / 1e6
     print(f"released to {out}: {FILE} ({size:.1f} MB), MODEL_CARD.md, evaluation.json")
     return result
-
-
-def _stages_before(init_from: str) -> list[dict[str, Any]]:
-    """The stages that the backbone went through before, the first one first.
-
-    Raises ValueError where the folder of one is gone: a card must not call trained weights random.
-    """
-    if not init_from:
-        return []
-    path = Path(init_from) / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing, and the model card says where the weights come from: put the "
-            "folder of the run back, or correct init_from in the config.json of the run after it"
-        )
-    config = read_config(path)
-    told = {"stage": config.stage, "image_size": config.model.image_size}
-    if config.stage == "timm":
-        told["name"] = config.timm.name
-    else:
-        told |= {"data": config.data.name, "epochs": config.epochs}
-        told |= {"method": config.method} if "method" in config else {}
-    record = path.with_name("run.json")
-    run = read_json(record) if record.is_file() else {}
-    told |= {"averaged": run["averaged"]} if "averaged" in run else {}
-    return [*(run.get("before") or _stages_before(config.get("init_from", ""))), told]
 
 
 def _other_sets(run_dir: Path, *, step: int) -> list[dict[str, Any]]:

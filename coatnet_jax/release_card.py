@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 from coatnet_jax.inference import sides_of
-from coatnet_jax.terms import DISCOURAGED, LIMITS, OTHER_LIMITS, data_terms
+from coatnet_jax.terms import DISCOURAGED, LIMITS, OTHER_LIMITS, data_terms, training_split
 
 HEADINGS = {"age": "Age band", "gender": "Gender, as labelled", "race": "Group, as labelled"}
 
@@ -50,8 +50,8 @@ def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
     averaged = run.get("averaged", 1)
     mean = f", the mean of {averaged} such runs (arXiv 2203.05482)" if averaged > 1 else ""
     return (
-        f"{run['parameters'] / 1e6:.2f} M parameters, kept in bfloat16{mean}. Fine-tuned on the "
-        f"training split of `{config.data.name}` for {config.epochs:g} epochs{stopped}, {start}"
+        f"{run['parameters'] / 1e6:.2f} M parameters, kept in bfloat16{mean}. Fine-tuned on "
+        f"{training_split(config.data)} for {config.epochs:g} epochs{stopped}, {start}"
         f"{'' if outside else ', with no outside weights or labels'}; seed {config.seed}, data "
         f"fingerprint `{run['data_fingerprint'][:16]}`, revision `{run['git_revision']}`, "
         f"{', '.join(run['devices'])}{minutes}. Its answer is the "
@@ -75,7 +75,8 @@ def _stage(stage: Mapping[str, Any]) -> str:
         what = f"the mean of {averaged} fine-tunings" if averaged > 1 else "an earlier fine-tuning"
     else:
         what = f"{stage['method']} pre-training"
-    where = f"at {stage['image_size']} px on the training split of `{stage['data']}`"
+    data = {"name": stage["data"], "splits": stage.get("splits", "default")}
+    where = f"at {stage['image_size']} px on {training_split(data)}"
     return f"{what} ({stage['epochs']:g} epochs {where})"
 
 

@@ -6,6 +6,7 @@ and what is not there is left out.
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ HYPERPARAMETERS = (
     "loss.name", "loss.temperature", "loss.sigma", "mixup", "ema", "init_from", "seed",
 )  # fmt: skip
 
+_read_optional = partial(read_json, optional=True)
+
 
 def run_report(workdir: str | Path) -> Path:
     """Write `<workdir>/report.html` and `report.md` from what the stages left.
@@ -34,7 +37,7 @@ def run_report(workdir: str | Path) -> Path:
     """
     workdir = Path(workdir)
     runs = {stage: workdir / stage for stage, _ in STAGES if (workdir / stage).is_dir()}
-    test = _read_json(workdir / "finetune" / "evaluate" / "test" / "metrics.json")
+    test = _read_optional(workdir / "finetune" / "evaluate" / "test" / "metrics.json")
     if not runs and not test:
         raise FileNotFoundError(
             f"nothing to report in {workdir}: it holds neither pretrain/ nor finetune/"
@@ -62,8 +65,8 @@ def find_data(workdir: Path) -> dict[str, Any]:
     """What is known of the data: prepare.json, or the copy beside a run; {} without both."""
     places = [workdir / "prepare.json", *sorted(workdir.glob("data/**/prepare.json"))]
     places += [workdir / stage / "data.json" for stage, _ in STAGES]
-    data = next((found for place in places if (found := _read_json(place))), {})
-    configs = [_read_json(workdir / stage / "config.json") for stage, _ in STAGES]
+    data = next((found for place in places if (found := _read_optional(place))), {})
+    configs = [_read_optional(workdir / stage / "config.json") for stage, _ in STAGES]
     names = [config["data"]["name"] for config in configs if "name" in config.get("data", {})]
     return {"name": names[0], **data} if names else data
 
@@ -84,7 +87,7 @@ def short_blocks(
                 f"{percent(base['accuracy'])})."
             }
         )
-    found = _read_json(runs["pretrain"] / "embed" / "embed.json") if "pretrain" in runs else {}
+    found = _read_optional(runs["pretrain"] / "embed" / "embed.json") if "pretrain" in runs else {}
     if found:
         errors = found["features"]
         before, after = errors["untrained"]["knn_mae"], errors["pre-trained"]["knn_mae"]
@@ -135,13 +138,13 @@ def _protocol_row(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def training_blocks(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Hyperparameters and circumstances of the runs side by side."""
-    configs = {stage: flat(_read_json(path / "config.json")) for stage, path in runs.items()}
+    configs = {stage: flat(_read_optional(path / "config.json")) for stage, path in runs.items()}
     settings = {
         # as written: 0.999 must not be rounded to 1.00
         stage: {key: str(config[key]) for key in HYPERPARAMETERS if config.get(key, "") != ""}
         for stage, config in configs.items()
     }
-    facts = {stage: _facts(_read_json(path / "run.json")) for stage, path in runs.items()}
+    facts = {stage: _facts(_read_optional(path / "run.json")) for stage, path in runs.items()}
     same = {
         name: value
         for name, value in facts[next(iter(runs))].items()
@@ -209,7 +212,7 @@ def curve_blocks(run_dir: Path, figures: Path, title: str) -> list[dict[str, Any
 def _embed_sections(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
     found = []
     for path in runs.values():
-        result = _read_json(path / "embed" / "embed.json")
+        result = _read_optional(path / "embed" / "embed.json")
         if result and (path / "embed" / "tsne.png").is_file():
             found += embed.sections(result, path / "embed")
     return found
@@ -231,10 +234,10 @@ def repeat_blocks(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
     """The command of each run, and its whole config folded."""
     blocks = []
     for stage, path in runs.items():
-        command = _read_json(path / "run.json").get("command")
+        command = _read_optional(path / "run.json").get("command")
         if command:
             blocks.append({"code": _short_command(command)})
-        config = _read_json(path / "config.json")
+        config = _read_optional(path / "config.json")
         if config:
             blocks.append({"code": json.dumps(config, indent=2), "summary": f"Config of {stage}"})
     return blocks
@@ -244,8 +247,3 @@ def _short_command(command: str) -> str:
     """The command line without the folder the program lies in."""
     program, _, rest = command.partition(" ")
     return f"{Path(program).name} {rest}".strip()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where the file is missing. ValueError where it is damaged."""
-    return read_json(path) if path.is_file() else {}

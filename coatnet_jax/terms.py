@@ -1,5 +1,8 @@
 """What may be done with a result: terms of its data, limits, uses to stay away from."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 
 DRAWN = (
@@ -36,6 +39,13 @@ def data_terms(name: str) -> str:
     return UTKFACE if name == "utkface" else OTHER
 
 
+def training_split(data: ml_collections.ConfigDict | Mapping[str, Any]) -> str:
+    """What was trained on, in words, from the config's `data` (or its name and splits alone)."""
+    table = data.get("splits", "default")
+    named = "" if table == "default" else f" (table of splits `{table}`)"
+    return f"the training split of `{data['name']}`{named}"
+
+
 def model_card(config: ml_collections.ConfigDict, *, parameters: int, fingerprint: str) -> str:
     """Markdown that lies beside the checkpoints of a run: what it is, terms, limits, use."""
     name = config.data.name
@@ -47,7 +57,7 @@ def model_card(config: ml_collections.ConfigDict, *, parameters: int, fingerprin
         [
             f"# {config.model.name}, {config.stage}",
             f"{parameters / 1e6:.2f} M parameters, {config.model.image_size} px, from {start}. "
-            f"Trained on the training split of `{name}` (fingerprint `{fingerprint[:16]}`); "
+            f"Trained on {training_split(config.data)}, fingerprint `{fingerprint[:16]}`; "
             "config.json and run.json beside this file say how, evaluate/ how well, by age class.",
             "## Terms",
             data_terms(name),

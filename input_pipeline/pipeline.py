@@ -24,9 +24,10 @@ import tensorflow_datasets as tfds
 from absl import flags
 from tensorflow_datasets.proto import tf_example_generated_pb2
 
+from input_pipeline.errors import first_line
 from input_pipeline.images import decode_image, decode_into
 from input_pipeline.prepared import read_labels, read_transform_id, records_folder
-from input_pipeline.splits import fingerprint, match_splits, read_splits
+from input_pipeline.splits import FRACTIONS, fingerprint, match_splits, read_splits
 
 __all__ = ["Faces", "decode_image", "decode_once", "eval_loader", "open_split", "train_loader"]
 
@@ -83,9 +84,9 @@ class Faces:
         try:
             found = self._source.__getitems__([int(self.records[i]) for i in rows])
         except Exception as error:  # the readers raise many kinds for damaged files
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise ValueError(
-                f"the records of {self.folder} cannot be read ({reason}): prepare the data again"
+                f"the records of {self.folder} cannot be read ({first_line(error)}): prepare the "
+                "data again"
             ) from None
         # The record's own message: a fifth of the time that TFDS takes, which holds Python's lock.
         read = tf_example_generated_pb2.Example.FromString
@@ -125,6 +126,8 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
         if part not in known:
             near = difflib.get_close_matches(part, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            if len(where) < len(FRACTIONS):
+                hint = f"; {len(where)} picture(s) are too few for three splits"
             raise ValueError(f"unknown split {part!r} in {path}: it has {', '.join(known)}{hint}")
     chosen = [row for row, name in zip(rows, names, strict=True) if name in wanted]
     if not chosen:

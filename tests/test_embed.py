@@ -163,7 +163,7 @@ def fake_faces(n, seed):
 @pytest.fixture
 def joined(monkeypatch):
     """`embed.run` over fakes: trained features tell the age, untrained ones are noise."""
-    config = ConfigDict({"stage": "pretrain", "data": {"splits": "default"}})
+    config = ConfigDict({"stage": "pretrain", "data": {"name": "data", "splits": "default"}})
     faces = {"validation": fake_faces(80, 1), "train": fake_faces(120, 2)}
 
     def trained(ages):
@@ -219,6 +219,20 @@ def test_faces_are_left_out_where_asked(joined, tmp_path):
     embed.run(tmp_path, "data", max_points=20, show_faces=False)
     assert not (tmp_path / "embed" / "neighbours.png").exists()
     assert "neighbours.png" not in (tmp_path / "embed" / "embed.md").read_text()
+
+
+def test_other_splits_and_sets_have_folders_of_their_own(joined, tmp_path):
+    joined["test"] = fake_faces(40, 3)
+    for name, options in (
+        ("embed", {"data_folder": "data"}),
+        ("embed-test", {"data_folder": "data", "split": "test"}),
+        ("embed-wild-validation", {"data_folder": "elsewhere/wild"}),
+    ):
+        embed.run(tmp_path, max_points=20, show_faces=False, **options)
+        told = json.loads((tmp_path / name / "embed.json").read_text())
+        assert told["split"] == options.get("split", "validation")
+        assert told["data"] == options["data_folder"] and told["splits"] == "default"
+    assert len(list(tmp_path.glob("embed*"))) == 3
 
 
 def test_neighbours_are_drawn_nearest_first(joined, tmp_path, monkeypatch):

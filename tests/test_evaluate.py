@@ -214,6 +214,7 @@ def joined(monkeypatch, many, tmp_path):
         probabilities=lambda images, flip: seen.update(flip=flip) or images,
         run_dir=tmp_path / "run",
     )
+    (tmp_path / "run/config.json").write_text(model.config.to_json())
 
     def predict_split(run, faces, fn, batch_size):
         index = np.arange(len(faces))[::-1]  # rows need not come in the table's order
@@ -323,6 +324,23 @@ def test_copies_that_a_published_table_tears_apart_are_counted_and_left_out_once
     assert "none of the faces evaluated" not in page
 
 
+def test_page_tells_what_earlier_stages_saw(joined, monkeypatch, tmp_path):
+    told = {"stage": "pretrain", "splits": "fold0"}
+    for before, words in (
+        ([], ""),
+        ([told | {"seen": 0}], ""),
+        ([told | {"seen": 3}], "`fold0`, saw 3 of these pictures without their ages."),
+        ([told | {"seen": None}], "saw any of them is not known."),
+        (None, "saw any of them is not known."),
+    ):
+        monkeypatch.setattr(evaluate, "check_stages_before", lambda *_, b=before, **__: b)
+        result = evaluate.run(joined.run, joined.data)
+        assert result["leak_check"]["before"] == before
+        page = (tmp_path / "run/evaluate/test/report.md").read_text()
+        assert f"(compared by pixels).{words and ' '}" in page and words in page
+        assert page.count("saw") == bool(words)
+
+
 def test_another_set_is_named_with_what_the_run_was_trained_on(joined, tmp_path):
     result = evaluate.run(joined.run, tmp_path / "wild", training_folder=joined.data)
     assert result["trained_on"] == {
@@ -345,9 +363,12 @@ def test_report_without_gender_and_race_shows_no_table_of_them(joined, tmp_path)
     assert {row["by"] for row in result["groups"]} == {"age"}
 
 
-def test_pretraining_run_and_empty_split_are_refused(joined, tmp_path, monkeypatch):
+def test_pretraining_run_and_a_split_too_small_are_refused(joined, tmp_path, monkeypatch):
     joined.faces["test"] = fake_faces(np.zeros(0, int), "test")
-    with pytest.raises(ValueError, match="holds no faces"):
+    with pytest.raises(ValueError, match="holds no face"):
+        evaluate.run(joined.run, joined.data)
+    joined.faces["test"] = fake_faces(np.array([30]), "test")
+    with pytest.raises(ValueError, match="holds 1 face.*takes two or more"):
         evaluate.run(joined.run, joined.data)
     monkeypatch.setattr(evaluate, "load_run", lambda *_, **__: fake_run("pretrain"))
     with pytest.raises(ValueError, match="pretrain run without an age head"):

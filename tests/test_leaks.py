@@ -6,7 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from coatnet_jax.leaks import check_no_leak, trained_on, training_splits
+from coatnet_jax.config import load_config
+from coatnet_jax.leaks import (
+    check_no_leak,
+    check_stages_before,
+    trained_on,
+    training_splits,
+)
 from input_pipeline.pipeline import open_split
 
 
@@ -61,6 +67,52 @@ def test_copies_are_forgiven_within_one_table_alone(folder, tmp_path):
     elsewhere = replace(copies, fingerprint="of another table")
     with pytest.raises(ValueError, match=f"^2 of the {len(test)} faces"):
         check_no_leak(elsewhere, train, run_dir=tmp_path)
+
+
+def test_stages_before_may_have_seen_the_pictures_but_not_their_ages(folder, tmp_path, capsys):
+    fingerprints = {
+        name: open_split(folder, "train", splits=name).fingerprint for name in ("default", "fold0")
+    }
+
+    def seen(*stages, splits="default", **changed):
+        stages = [
+            {"data": "drawn", "splits": name, "fingerprint": fingerprints[name], **stage, **changed}
+            for name, stage in stages
+        ]
+        (tmp_path / "run.json").write_text(json.dumps({"before": stages}))
+        return check_stages_before(
+            open_split(folder, "test", splits=splits),
+            tmp_path,
+            folder,
+            fingerprint=fingerprints[splits],
+        )
+
+    simclr, tuned = {"stage": "pretrain", "method": "simclr"}, {"stage": "finetune"}
+    test, other = (
+        set(open_split(folder, split, splits=splits).labels["pixel_hash"])
+        for split, splits in (("test", "default"), ("train", "fold0"))
+    )
+    both = len(test & other)
+    assert 0 < both < len(test)
+    assert seen(("default", simclr), ("default", tuned)) == []  # what check_no_leak looks at
+    for stage in (simclr, {"stage": "pretrain"}):  # one without a method is older: SimCLR
+        told = {"stage": "pretrain", "splits": "fold0", "seen": both}
+        assert seen(("fold0", stage), ("default", tuned)) == [told]
+    for stage in (tuned, {"stage": "pretrain", "method": "supcon"}):
+        with pytest.raises(ValueError, match=f"^{both} of the {len(test)} faces .* 'fold0' of the"):
+            seen(("fold0", stage))
+    assert seen(("fold0", tuned), data="elsewhere") == []
+    assert seen(("fold0", tuned), fingerprint="of old")[0]["seen"] is None  # another table now
+    assert seen(("fold0", tuned), splits="fold0") == []
+
+
+def test_lost_stages_are_not_known(folder, tmp_path, capsys):
+    config = load_config("finetune:atto,drawn")
+    config.init_from = str(tmp_path / "gone")
+    (tmp_path / "config.json").write_text(config.to_json())
+    faces = open_split(folder, "test")
+    assert check_stages_before(faces, tmp_path, folder, fingerprint="of the run") is None
+    assert "not known whether an earlier stage" in capsys.readouterr().out
 
 
 def test_all_splits_are_all_faces(folder):

@@ -306,9 +306,14 @@ def test_unknown_names_list_the_known_ones(folder, tmp_path):
     with pytest.raises(ValueError, match=f"unknown split 'valdation' .*{known}"):
         open_split(folder, "valdation")
     with pytest.raises(
-        ValueError, match="unknown splits 'other': .* has 80_10_10, 82_3_15, default, fold0, .*; a CSV"
+        ValueError,
+        match="unknown splits 'other': .* has 80_10_10, 82_3_15, default, fold0, .*; a CSV",
     ):
         open_split(folder, "train", splits="other")
+    few = tmp_path / "few.csv"
+    few.write_text(f"file,split\n{open_split(folder, 'train')[0]['file']},train\n")
+    with pytest.raises(ValueError, match="'test' in .*few.csv.*1 picture.* too few for three"):
+        open_split(folder, "test", splits=few)
     with pytest.raises(FileNotFoundError, match="prepare it first"):
         open_split(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="none.csv does not exist"):

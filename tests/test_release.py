@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from coatnet_jax import predict, pretrained, release, release_weights
 from coatnet_jax.checkpoint import check_unused, load_variables
 from coatnet_jax.config import load_config, read_config
+from coatnet_jax.lineage import stages_before
 from coatnet_jax.release_card import release_card
 
 METRICS = {
@@ -176,19 +177,37 @@ def test_card_tells_every_stage_that_the_weights_went_through(run_dir):
     config = read_config(run_dir / "config.json")
     config.epochs, config.init_from = 6.0, str(run_dir)
     (again / "config.json").write_text(config.to_json())
-    before = release._stages_before(str(again))
+    after = again.parent / "after"
+    after.mkdir()
+    config.init_from = str(again)
+    (after / "config.json").write_text(config.to_json())
+    before = stages_before(after)
     assert [stage["stage"] for stage in before] == ["pretrain", "finetune", "finetune"]
     run = {"parameters": 1, "data_fingerprint": "f", "git_revision": "abc", "before": before}
     run |= {"devices": ["cpu cpu"], "wall_seconds": 120.0}
     (again / "run.json").write_text(json.dumps({"before": before[:2]}))  # as a release has it
     config.init_from = ""
     (again / "config.json").write_text(config.to_json())
-    assert release._stages_before(str(again)) == before
+    assert stages_before(after) == before
     card = release_card(config, run, METRICS)
     places = [card.index(text) for text in ("simclr pre-training (100", "(60 epochs", "(6 epochs")]
     assert places == sorted(places)
+    config.init_from = str(run_dir.parent / "gone")
+    (after / "config.json").write_text(config.to_json())
     with pytest.raises(ValueError, match="where the weights come from"):
-        release._stages_before(str(run_dir.parent / "gone"))
+        stages_before(after)
+
+
+def test_card_names_tables_of_splits_other_than_the_default(run_dir):
+    config = read_config(run_dir / "config.json")
+    config.data.splits = "82_3_15"
+    stage = {"stage": "finetune", "image_size": 64, "data": "utkface", "epochs": 6.0}
+    before = [stage, stage | {"splits": "default"}, stage | {"splits": "fold2"}]
+    run = {"parameters": 1, "data_fingerprint": "f", "git_revision": "abc", "before": before}
+    card = release_card(config, run | {"devices": ["cpu cpu"]}, METRICS)
+    assert "on the training split of `utkface` (table of splits `82_3_15`) for 60 epochs" in card
+    assert card.count("64 px on the training split of `utkface`)") == 2
+    assert card.count("64 px on the training split of `utkface` (table of splits `fold2`))") == 1
 
 
 def test_card_of_a_model_from_timms_weights_says_so(tmp_path, run_dir):
@@ -199,10 +218,13 @@ def test_card_of_a_model_from_timms_weights_says_so(tmp_path, run_dir):
         timm_name="coatnet_nano_rw_224",
     )
     (tmp_path / "config.json").write_text(imported.to_json())
-    before = release._stages_before(str(tmp_path))
+    config = read_config(run_dir / "config.json")
+    config.init_from = str(tmp_path)
+    (run_dir / "config.json").write_text(config.to_json())
+    before = stages_before(run_dir)
     run = {"parameters": 1, "data_fingerprint": "f", "git_revision": "abc", "before": before}
     run |= {"devices": ["cpu cpu"], "wall_seconds": 120.0}
-    card = release_card(read_config(run_dir / "config.json"), run, METRICS)
+    card = release_card(config, run, METRICS)
     assert "timm's `coatnet_nano_rw_224`, outside" in card and "no outside weights" not in card
 
 

@@ -24,7 +24,7 @@ from coatnet_jax import (
     sharding,
     stage,
 )
-from coatnet_jax.checkpoint import load_variables
+from coatnet_jax.checkpoint import FOLDER, load_variables
 from coatnet_jax.config import load_config
 from coatnet_jax.main import main
 from input_pipeline.images import decode_image
@@ -227,6 +227,17 @@ def test_run_without_its_record_writes_it_anew(drawn_root, pretrained, tmp_path)
     (workdir / "run.json").write_text("{")
     with pytest.raises(ValueError, match="run.json is damaged"):
         pretrain.run(tiny("pretrain", drawn_root), workdir)
+
+
+def test_damaged_checkpoint_is_named_and_kept(drawn_root, pretrained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(pretrained, workdir)
+    newest = max((workdir / FOLDER).glob("[0-9]*"), key=lambda path: int(path.name))
+    (described,) = (newest / "variables").glob("_METADATA")
+    described.write_text("{")
+    with pytest.raises(ValueError, match=f"{newest} cannot be read .*; it is damaged") as error:
+        pretrain.run(tiny("pretrain", drawn_root), workdir)
+    assert "\n" not in str(error.value) and described.is_file()
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])

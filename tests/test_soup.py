@@ -176,7 +176,9 @@ def test_model_without_batchnorm_stays_as_it_is(config, drawn_root):
     assert soup.with_new_statistics(config, plain, faces) is plain
 
 
-def test_runs_that_do_not_fit_are_refused(config, variables, write_run, drawn_root, tmp_path):
+def test_runs_that_do_not_fit_are_refused(
+    config, variables, write_run, drawn_root, tmp_path, monkeypatch
+):
     data, out = drawn_root / "drawn", tmp_path / "soup"
     good = write_run("good", config, variables)
     with pytest.raises(ValueError, match="two different runs"):
@@ -199,6 +201,15 @@ def test_runs_that_do_not_fit_are_refused(config, variables, write_run, drawn_ro
     both = [write_run(n, config, variables, data_fingerprint="f" * 64) for n in ("old1", "old2")]
     with pytest.raises(ValueError, match="prepare the data as they were"):
         soup.run(both, out, data)
+    # Trained on a table that has another name now, they are judged on its validation split.
+    fold = open_split(data, "train", splits="fold3").fingerprint
+    both = [write_run(n, config, variables, data_fingerprint=fold) for n in ("was3", "also3")]
+    opened = []
+    monkeypatch.setattr(soup, "open_split", lambda *_, splits: opened.append(splits) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        soup.run(both, out, data)
+    assert opened == ["fold3"]
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="holds a run already"):
         soup.run([good, elsewhere], good, data)
     stopped = write_run("stopped", config, variables, finished=False)

@@ -1,0 +1,41 @@
+"""Where a run's weights come from: the stages that they went through before."""
+
+from pathlib import Path
+from typing import Any
+
+from coatnet_jax.config import read_config, read_json
+
+
+def stages_before(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The stages before a run's own, the first one first: stage, image_size, data, splits,
+    fingerprint, epochs, and method of a pre-training; of timm's weights the name.
+
+    They are those that its run.json tells, as that of a released model does, or else found by
+    following `init_from`. Raises ValueError where the folder of one is gone.
+    """
+    run_dir = Path(run_dir)
+    if told := read_json(run_dir / "run.json", optional=True).get("before"):
+        return told
+    init_from = read_config(run_dir / "config.json").get("init_from", "")
+    return _until(Path(init_from)) if init_from else []
+
+
+def _until(run_dir: Path) -> list[dict[str, Any]]:
+    """The stages up to this run, its own the last one."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing, which says where the weights come from: put the folder of the run "
+            "back, or correct init_from in the config.json of the run after it"
+        )
+    config = read_config(path)
+    run = read_json(run_dir / "run.json", optional=True)
+    stage = {"stage": config.stage, "image_size": config.model.image_size}
+    if config.stage == "timm":
+        stage["name"] = config.timm.name
+    else:
+        stage |= {"data": config.data.name, "splits": config.data.splits, "epochs": config.epochs}
+        stage |= {"fingerprint": run.get("data_fingerprint", "")}
+        stage |= {"method": config.method} if "method" in config else {}
+    stage |= {"averaged": run["averaged"]} if "averaged" in run else {}
+    return [*stages_before(run_dir), stage]
