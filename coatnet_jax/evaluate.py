@@ -35,12 +35,7 @@ from coatnet_jax.conformal import (
 )
 from coatnet_jax.groups import group_table, unknown_counts
 from coatnet_jax.inference import Run, load_run, predict_split
-from coatnet_jax.leaks import (
-    check_no_leak,
-    check_stages_before,
-    trained_on,
-    training_splits,
-)
+from coatnet_jax.leaks import check_no_leak, check_stages_before, trained_on, training_splits
 from coatnet_jax.logs import environment
 from coatnet_jax.metrics import (
     accuracy,

@@ -7,12 +7,7 @@ from dataclasses import replace
 import pytest
 
 from coatnet_jax.config import load_config
-from coatnet_jax.leaks import (
-    check_no_leak,
-    check_stages_before,
-    trained_on,
-    training_splits,
-)
+from coatnet_jax.leaks import check_no_leak, check_stages_before, trained_on, training_splits
 from input_pipeline.pipeline import open_split
 
 
