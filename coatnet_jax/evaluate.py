@@ -30,12 +30,13 @@ from coatnet_jax.conformal import (
     LEVEL,
     conformal_interval,
     posterior_interval,
+    read_constants,
     save_constants,
     widening,
 )
 from coatnet_jax.groups import group_table, unknown_counts
 from coatnet_jax.inference import Run, load_run, predict_split
-from coatnet_jax.leaks import check_no_leak, check_stages_before, trained_on, training_splits
+from coatnet_jax.leaks import trained_on
 from coatnet_jax.logs import environment
 from coatnet_jax.metrics import (
     accuracy,
@@ -46,6 +47,8 @@ from coatnet_jax.metrics import (
     mae,
 )
 from coatnet_jax.pages import percent, share_range, write_csv, write_json, write_report
+from coatnet_jax.release_weights import PACKAGED
+from coatnet_jax.training_set import open_training_set
 from input_pipeline.pipeline import Faces, open_split
 
 # Scores that are given a second time where a published table of splits tears copies apart.
@@ -70,14 +73,16 @@ def run(
     """Evaluate a fine-tuned run and write its report; gives back what metrics.json holds.
 
     `data_folder` may be another set than `training_folder` (default: the same), in which the run's
-    training and validation faces lie. `split` may be joined (`train+test`) or `all`. `flip`
-    averages the picture and its mirror image, `which` names the checkpoint, `splits` the table of
-    splits (default: the run's own, or of another set `default`), `decode` how ages are read from
-    the probabilities and `sides` the centres they are averaged over (default: the run's own).
+    training and validation faces lie; a released model can do without those. `split` may be joined
+    (`train+test`) or `all`. `flip` averages the picture and its mirror image, `which` names the
+    checkpoint, `splits` the table of splits (default: the run's own, or of another set `default`),
+    `decode` how ages are read from the probabilities and `sides` the centres they are averaged over
+    (default: the run's own).
 
     Writes metrics.json, report.md and .html, their pictures and predictions.csv under `out`
-    (default: a folder of its own in `<run_dir>/evaluate`); with `show_faces` worst.png too. The
-    constants of the 90 % intervals go to `<run_dir>/conformal.json`. Raises ValueError for a run
+    (default: a folder of its own in `<run_dir>/evaluate`, of the packaged model in `evaluation`);
+    with `show_faces` worst.png too. The constants of the 90 % intervals go to
+    `<run_dir>/conformal.json`. Raises ValueError for a run
     without an age head, and where a face was trained on; copies that a published table of splits
     tears apart are counted instead (`check_no_leak`).
     """
@@ -90,20 +95,16 @@ def run(
         )
     decode = decode or model.decode
     get_decoder(decode)  # a misspelled one should fail before the pictures are read
-    trained_splits = training_splits(run_dir, training_folder, model.config.data.splits)
+    trained = open_training_set(run_dir, training_folder, model.config.data.splits)
     own_set = data_folder.resolve() == training_folder.resolve()
-    splits = splits or (trained_splits if own_set else "default")
+    splits = splits or (trained.splits if own_set else "default")
     faces = open_split(data_folder, split, splits=splits)
-    train = open_split(training_folder, "train", splits=trained_splits)
     if len(faces) < 2:
         raise ValueError(
             f"the split {split!r} of {data_folder} ({splits}) holds {len(faces) or 'no'} face(s): "
             "an error takes two or more; coatnet-jax predict tells single ages"
         )
-    leak_check = check_no_leak(faces, train, run_dir=run_dir)
-    leak_check["before"] = check_stages_before(
-        faces, run_dir, training_folder, fingerprint=train.fingerprint
-    )
+    leak_check = trained.check(faces, run_dir=run_dir, folder=training_folder)
     check_ages(faces.labels["age"], f"the split {split!r}")
     p, labels = predict_split(
         model, faces, lambda images: model.probabilities(images, flip=flip), batch_size
@@ -120,9 +121,9 @@ def run(
         "fingerprint": faces.fingerprint,
         "trained_on": {
             "data_name": training_folder.name,
-            "splits": trained_splits,
-            "fingerprint": train.fingerprint,
-            "faces": len(train),
+            "splits": trained.splits,
+            "fingerprint": trained.fingerprint,
+            "faces": len(trained.labels["age"]),
             "same_data": own_set,
         },
         "leak_check": leak_check,
@@ -130,29 +131,33 @@ def run(
         "sides": list(model.sides),
         "loss": model.config.loss.name,
         "environment": environment(),
-        **score(p, age, train_age=train.labels["age"], decode=decode),
+        **score(p, age, train_age=trained.labels["age"], decode=decode),
     }
-    validation = open_split(training_folder, "validation", splits=trained_splits)
-    # Kept for `predict` only of what it does.
-    keep = which == "best" and flip and sides is None
-    constants = conformal_constants(model, validation, flip=flip, keep=keep)
+    # Only of what `predict` does, kept for it or taken from what was kept.
+    as_predicted = which == "best" and flip and sides is None
+    if trained.validation is not None:
+        keep = as_predicted and run_dir != PACKAGED
+        constants = conformal_constants(model, trained.validation, flip=flip, keep=keep)
+    else:
+        constants = read_constants(run_dir, step=model.step) if as_predicted else None
     low, high = intervals(p, constants, decode=decode)
     result["conformal"] = interval_scores(p, age, low, high, constants)
-    if constants:
-        seen = np.isin(faces.labels["pixel_hash"], validation.labels["pixel_hash"])
+    if constants and trained.validation is not None:
+        seen = trained_on(faces, trained.validation)
         result["conformal"]["calibrated_on_these"] = int(seen.sum())
     if leak_check["identical"]:
-        apart = ~trained_on(faces, train)[rows]
-        scores = score(p[apart], age[apart], train_age=train.labels["age"], decode=decode)
+        apart = ~trained_on(faces, trained.train)[rows]
+        scores = score(p[apart], age[apart], train_age=trained.labels["age"], decode=decode)
         result["without_copies"] = {key: scores[key] for key in WITHOUT_COPIES}
     result["unknown"] = unknown_counts(labels)
     result["groups"] = group_table(face_measures(p, age, low, high, decode=decode), labels)
     if model.has_attributes and _any_known(faces.labels):
         q, _ = predict_split(model, faces, model.attributes, batch_size)
         attributes = {"gender": q[:, :2], "race": q[:, 2:]}
-        if table := attribute_table(attributes, labels, train.labels):
+        if table := attribute_table(attributes, labels, trained.labels):
             result["attributes"] = table
-    out = Path(out) if out else run_dir / "evaluate" / _folder_name(result)
+    reports = Path("evaluation") if run_dir == PACKAGED else run_dir / "evaluate"
+    out = Path(out) if out else reports / _folder_name(result)
     columns = {key: np.asarray(faces.labels[key])[rows] for key in ("pixel_hash", "gender", "race")}
     columns |= {"low": np.round(low, 2), "high": np.round(high, 2)}
     (out / "worst.png").unlink(missing_ok=True)  # of an earlier run that showed faces

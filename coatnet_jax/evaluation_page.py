@@ -201,7 +201,8 @@ def interval_blocks(result: Mapping[str, Any]) -> list[Block]:
         for name, kind in [("conformal", "")] * bool(constants) + [("posterior as it is", "raw_")]
     ]
     if not constants:
-        return [{"table": rows, "note": "too few validation faces for conformal intervals"}]
+        why = "too few validation faces, or a release evaluated otherwise than it predicts"
+        return [{"table": rows, "note": f"no constants for conformal intervals: {why}"}]
     years = constants["years"]
     moved = f"{abs(years):.1f} years {'outwards' if years >= 0 else 'inwards'}"
     text = (

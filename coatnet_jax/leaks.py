@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Bool
@@ -55,16 +55,20 @@ def check_no_leak(faces: Faces, train: Faces, *, run_dir: Path) -> dict[str, Any
     shared = np.isin(faces.labels["file"], train.labels["file"])
     torn = faces.fingerprint == train.fingerprint and not shared.any()
     if trained.any() and not torn:
-        raise ValueError(
-            f"{int(trained.sum()):,} of the {len(faces):,} faces of {faces.folder} "
-            f"({faces.split}) were in the training split of {run_dir}: evaluate it on a split that "
-            "it was not trained on"
-        )
+        refuse_trained_on(int(trained.sum()), faces, run_dir=run_dir)
     return {
         "training_faces": len(train),
         "evaluated_faces": len(faces),
         "identical": int(trained.sum()),
     }
+
+
+def refuse_trained_on(count: int, faces: Faces, *, run_dir: Path) -> NoReturn:
+    """Raise the ValueError that says that `count` of the faces were trained on."""
+    raise ValueError(
+        f"{count:,} of the {len(faces):,} faces of {faces.folder} ({faces.split}) were in the "
+        f"training split of {run_dir}: evaluate it on a split that it was not trained on"
+    )
 
 
 def check_stages_before(
@@ -94,7 +98,7 @@ def check_stages_before(
         same = train and stage.get("fingerprint", "") in ("", train.fingerprint)
         seen = int(trained_on(faces, train).sum()) if same else None
         found.append({"stage": stage["stage"], "splits": splits, "seen": seen})
-        if seen and _learned_ages(stage):
+        if seen and learned_ages(stage):
             raise ValueError(
                 f"{seen:,} of the {len(faces):,} faces of {faces.folder} ({faces.split}) were in "
                 f"the training split {splits!r} of the {stage['stage']} stage that {run_dir} "
@@ -103,9 +107,11 @@ def check_stages_before(
     return found
 
 
-def _learned_ages(stage: Mapping[str, Any]) -> bool:
+def learned_ages(stage: Mapping[str, Any]) -> bool:
     """Whether a stage was told ages; a pre-training that names no method is an old one, SimCLR."""
-    return stage["stage"] == "finetune" or METHODS[stage.get("method", "simclr")].labelled
+    if stage["stage"] == "pretrain":
+        return METHODS[stage.get("method", "simclr")].labelled
+    return stage["stage"] == "finetune"
 
 
 def _trained_fingerprint(run_dir: Path) -> str:

@@ -197,12 +197,18 @@ def _parser() -> argparse.ArgumentParser:
     embed = add("embed", _embed, "what a run's features know of age, beside untrained ones")
     evaluate = add("evaluate", _evaluate, "four-class accuracy and age error of a fine-tuned run")
     for command, split in ((embed, "validation"), (evaluate, "test")):
-        command.add_argument("run_dir", help="workdir of a training run")
         command.add_argument("--split", default=split, help=f"(default: {split})")
         command.add_argument("--out", help="folder for the results (default: inside the run)")
         command.add_argument("--name", help="another prepared data set than the run's own")
         command.add_argument("--root", help="folder for built data (default: the run's)")
         command.add_argument("--no-faces", action="store_true", help="no picture that shows faces")
+    embed.add_argument("run_dir", help="workdir of a training run")
+    evaluate.add_argument(
+        "run_dir",
+        nargs="?",
+        metavar="RUN",
+        help="workdir of a fine-tuning run (default: the model that comes with the package)",
+    )
     embed.add_argument("--max-points", type=int, default=2000, help="faces in the pictures")
     embed.add_argument(
         "--perplexity",
@@ -403,7 +409,9 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from coatnet_jax.evaluate import run
+    from coatnet_jax.release_weights import PACKAGED
 
+    arguments.run_dir = arguments.run_dir or str(PACKAGED)
     run(
         Path(arguments.run_dir),
         _run_data(arguments),

@@ -4,8 +4,9 @@
 
 `weights.safetensors` holds the parameters in bfloat16, half of their bytes, and BatchNorm's
 statistics in float32. Beside it lie config.json and run.json without the paths of the machine,
-evaluation.json and conformal.json, measured with these very weights, and MODEL_CARD.md. Every
-command that takes the folder of a run takes such a folder too.
+evaluation.json and conformal.json, measured with these very weights, MODEL_CARD.md, and
+`training_faces.safetensors`, by which other faces are told from those trained on (`training_set`).
+Every command that takes the folder of a run takes such a folder too.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from coatnet_jax.lineage import stages_before
 from coatnet_jax.pages import write_json
 from coatnet_jax.release_card import release_card
 from coatnet_jax.release_weights import FILE, is_released, save_weights
+from coatnet_jax.training_set import write_record
 
 KEPT = ("started", "parameters", "data_fingerprint", "git_revision", "python", "versions")
 KEPT += ("devices", "machine", "wall_seconds", "averaged")
@@ -52,6 +54,7 @@ def write_release(
         raise ValueError(f"{out} is the folder of a run, which this would ruin; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     save_weights(out / FILE, variables, step=step)
+    write_record(out, run_dir, data_folder, config.data.splits)
     config.data.root, config.init_from = "", ""
     save_config(config, out / "config.json")
     run = {key: told[key] for key in KEPT if key in told} | {"before": before, "step": step}

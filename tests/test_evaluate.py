@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import cv2
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from safetensors.numpy import save_file
 from sklearn import metrics as oracle
 
-from coatnet_jax import evaluate, leaks
+from coatnet_jax import conformal, evaluate, leaks, training_set
 from coatnet_jax.ages import CLASS_NAMES
 
 
@@ -232,7 +234,7 @@ def joined(monkeypatch, many, tmp_path):
         return faces[split]
 
     monkeypatch.setattr(evaluate, "load_run", lambda *_, **__: model)
-    for module in (evaluate, leaks):
+    for module in (evaluate, leaks, training_set):
         monkeypatch.setattr(module, "open_split", open_split)
     monkeypatch.setattr(evaluate, "predict_split", predict_split)
     return SimpleNamespace(
@@ -290,6 +292,32 @@ def test_constants_are_kept_only_of_what_predict_does(joined, monkeypatch, optio
     assert not (joined.run / "conformal.json").exists()
 
 
+def test_packaged_model_is_judged_where_its_training_faces_are_not(joined, monkeypatch, tmp_path):
+    released = tmp_path / "released"
+    shutil.copytree(joined.run, released)
+    joined.model.run_dir = released
+    (released / "run.json").write_text(json.dumps({"data_fingerprint": "f", "before": []}))
+    counts = {"age": np.arange(117), "gender": np.array([0, 40, 60]), "race": np.zeros(6, int)}
+    save_file({"hashes": np.zeros(2, np.uint64), **counts}, released / training_set.FILE)
+    years = {"level": 0.9, "years": 2.5, "step": 7, "faces": 80, "split": "validation"}
+    conformal.save_constants(released, years)
+    for faces in joined.faces.values():
+        faces.labels["pixel_hash"] = np.array([f"{i + 1:016x}" for i in range(len(faces))])
+    monkeypatch.setattr(evaluate, "PACKAGED", released)
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in released.iterdir()}
+    options = {"training_folder": tmp_path / "gone", "split": "validation"}
+    result = evaluate.run(released, joined.data, **options)
+    assert result["trained_on"]["faces"] == counts["age"].sum()
+    assert result["conformal"]["constants"]["years"] == 2.5
+    assert (tmp_path / "evaluation/data-validation/report.html").is_file()
+    assert {path.name: path.read_bytes() for path in released.iterdir()} == before
+    # Constants of other views are not those of the package: the posterior's own intervals.
+    assert (
+        evaluate.run(released, joined.data, flip=False, **options)["conformal"]["constants"] is None
+    )
+
+
 def test_without_faces_no_picture_of_them_is_left(joined):
     evaluate.run(joined.run, joined.data)
     folder = joined.run / "evaluate" / "test"
@@ -333,7 +361,7 @@ def test_page_tells_what_earlier_stages_saw(joined, monkeypatch, tmp_path):
         ([told | {"seen": None}], "saw any of them is not known."),
         (None, "saw any of them is not known."),
     ):
-        monkeypatch.setattr(evaluate, "check_stages_before", lambda *_, b=before, **__: b)
+        monkeypatch.setattr(training_set, "check_stages_before", lambda *_, b=before, **__: b)
         result = evaluate.run(joined.run, joined.data)
         assert result["leak_check"]["before"] == before
         page = (tmp_path / "run/evaluate/test/report.md").read_text()

@@ -15,6 +15,7 @@ from coatnet_jax.checkpoint import check_unused, load_variables
 from coatnet_jax.config import load_config, read_config
 from coatnet_jax.lineage import stages_before
 from coatnet_jax.release_card import release_card
+from coatnet_jax.training_set import FILE as RECORD
 
 METRICS = {
     "split": "test",
@@ -49,7 +50,7 @@ METRICS = {
 
 
 @pytest.fixture
-def run_dir(tmp_path):
+def run_dir(tmp_path, monkeypatch):
     """A fine-tuning run's folder without its checkpoints, pre-trained by another."""
     pretrain, run = tmp_path / "pretrain", tmp_path / "run"
     for folder, spec in ((pretrain, "pretrain:atto"), (run, "finetune:atto")):
@@ -62,6 +63,7 @@ def run_dir(tmp_path):
     told = {"parameters": 400_000, "data_fingerprint": "f" * 64, "git_revision": "abc"}
     told |= {"devices": ["cpu cpu"], "wall_seconds": 120.0, "command": "train /home/me"}
     (run / "run.json").write_text(json.dumps(told))
+    monkeypatch.setattr(release, "write_record", lambda out, *_: (out / RECORD).write_text("kept"))
     return run
 
 
@@ -114,7 +116,8 @@ def test_release_holds_no_path_of_the_machine(run_dir, variables, tmp_path, monk
     monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=evaluated))
     release.write_release(run_dir, "data", out)
     assert sorted(path.name for path in out.iterdir()) == [
-        "MODEL_CARD.md", "config.json", "evaluation.json", "run.json", "weights.safetensors",
+        "MODEL_CARD.md", "config.json", "evaluation.json", "run.json",
+        "training_faces.safetensors", "weights.safetensors",
     ]  # fmt: skip
     for path in out.iterdir():
         for private in ("/home/me", str(tmp_path)):

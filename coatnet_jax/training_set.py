@@ -1,0 +1,127 @@
+"""What a run was trained on, to hold a test against: prepared data, or what a release keeps of it.
+
+A released model is often judged where its training faces are not. Beside its weights lie 64 bits of
+the pixel hash of every training face, which tell whether a picture is that very one and nothing
+else about it, and how many faces had each age, gender and race.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt64
+
+from coatnet_jax.ages import N_AGES
+from coatnet_jax.config import read_json
+from coatnet_jax.heads import N_GENDERS, N_RACES
+from coatnet_jax.leaks import (
+    check_no_leak,
+    check_stages_before,
+    learned_ages,
+    refuse_trained_on,
+    training_splits,
+)
+from coatnet_jax.lineage import stages_before
+from coatnet_jax.weight_files import read_weights, write_weights
+from input_pipeline.pipeline import Faces, open_split
+
+FILE = "training_faces.safetensors"
+LABELS = {"age": N_AGES, "gender": N_GENDERS, "race": N_RACES}
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The table of splits, its fingerprint, and age, gender and race int [n] (-1: unknown) of the
+    training faces; `train` and `validation` where the data are here, else `hashes` of a release."""
+
+    splits: str
+    fingerprint: str
+    labels: Mapping[str, Int[np.ndarray, " n"]]
+    train: Faces | None = None
+    validation: Faces | None = None
+    hashes: UInt64[np.ndarray, " m"] | None = None
+
+    def check(self, faces: Faces, *, run_dir: Path, folder: Path) -> dict[str, Any]:
+        """Counts of the comparison with `faces`, as `check_no_leak` gives them, and under `before`
+        those of `check_stages_before`. Raises ValueError where faces were trained on."""
+        if self.train is not None:
+            counts = check_no_leak(faces, self.train, run_dir=run_dir)
+            before = check_stages_before(faces, run_dir, folder, fingerprint=self.fingerprint)
+            return counts | {"before": before}
+        seen = int(np.isin(short_hashes(faces.labels["pixel_hash"]), self.hashes).sum())
+        if seen:
+            refuse_trained_on(seen, faces, run_dir=run_dir)
+        return {
+            "training_faces": len(self.labels["age"]),
+            "evaluated_faces": len(faces),
+            "identical": 0,
+            "before": [],  # their faces are among the hashes
+        }
+
+
+def open_training_set(run_dir: Path, folder: Path, splits: str) -> TrainingSet:
+    """What the run was trained on, from the data in `folder`; where those are missing or others,
+    from what a released model keeps. `splits` is the table that the run's config names.
+
+    Raises as `training_splits` does where neither is there.
+    """
+    try:
+        splits = training_splits(run_dir, folder, splits)
+    except (FileNotFoundError, ValueError):
+        if not (run_dir / FILE).is_file():
+            raise
+        told = read_json(run_dir / "run.json", wants=("data_fingerprint",))
+        labels, hashes = read_record(run_dir)
+        return TrainingSet(splits, told["data_fingerprint"], labels, hashes=hashes)
+    train, validation = (
+        open_split(folder, split, splits=splits) for split in ("train", "validation")
+    )
+    return TrainingSet(splits, train.fingerprint, train.labels, train, validation)
+
+
+def write_record(out: Path, run_dir: Path, folder: Path, splits: str) -> None:
+    """Write what `out`, the release of a run, is to keep of the training faces in `folder`, and of
+    those of the stages before that were told ages.
+
+    Raises as `training_splits` does; a stage whose faces are not here any more is named.
+    """
+    train = open_split(folder, "train", splits=training_splits(run_dir, folder, splits))
+    hashes = [short_hashes(train.labels["pixel_hash"])]
+    for stage in stages_before(run_dir):
+        if not learned_ages(stage) or stage.get("fingerprint") == train.fingerprint:
+            continue
+        name, table = stage.get("data"), stage.get("splits", "default")
+        try:
+            faces = open_split(folder.with_name(name), "train", splits=table)
+        except (FileNotFoundError, ValueError):
+            print(f"the faces of the stage on {name} ({table}) are not here: left out of {FILE}")
+            continue
+        hashes.append(short_hashes(faces.labels["pixel_hash"]))
+    counts = {
+        # The first one counts the unknown.
+        name: np.bincount(train.labels[name] + 1, minlength=1 + size).astype(np.int32)
+        for name, size in LABELS.items()
+    }
+    arrays = {"hashes": np.unique(np.concatenate(hashes)), **counts}
+    write_weights(out / FILE, arrays, metadata={})
+
+
+def read_record(run_dir: Path) -> tuple[dict[str, np.ndarray], UInt64[np.ndarray, " m"]]:
+    """(age, gender and race of the training faces, in no order of theirs, hashes) of a release.
+
+    Raises ValueError where the file is damaged.
+    """
+    arrays = read_weights(run_dir / FILE)
+    if missing := sorted({"hashes", *LABELS} - arrays.keys()):
+        raise ValueError(f"{run_dir / FILE} is damaged: it lacks {', '.join(missing)}")
+    labels = {
+        name: np.repeat(np.arange(-1, len(arrays[name]) - 1), arrays[name]) for name in LABELS
+    }
+    return labels, arrays["hashes"]
+
+
+def short_hashes(hashes: Sequence[str]) -> UInt64[np.ndarray, " n"]:
+    """The first 64 bits of pixel hashes, which are written in hexadecimal."""
+    return np.array([int(text[:16], 16) for text in hashes], np.uint64)
