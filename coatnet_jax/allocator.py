@@ -7,6 +7,7 @@ same as MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=… MALLOC_ARENA_MAX=1 in the 
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 # <malloc.h>
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -14,12 +15,26 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 def keep_freed_memory() -> bool:
     """Whether the settings were made; call it before the first large array. Elsewhere a no-op."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
+    if (mallopt := _glibc("mallopt")) is None:
         return False
     # -1: never trim. The largest int, 2 GiB, would give back the arrays of a large step each time.
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1))
     return all(mallopt(option, value) == 1 for option, value in settings)
+
+
+def give_back_freed_memory() -> None:
+    """Hand the kept pages back to the system, when arrays of other sizes are about to be needed:
+    those would fit into few of the holes, and the memory would grow by all of them. Elsewhere than
+    with glibc a no-op."""
+    if (malloc_trim := _glibc("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _glibc(name: str) -> Callable | None:
+    """A function of glibc; None on another system or C library."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):
+        return None

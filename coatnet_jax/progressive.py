@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from coatnet_jax.allocator import give_back_freed_memory
 from coatnet_jax.baselines.vit import adapt_positions
 from coatnet_jax.coatnet import adapt_relative_bias
 
@@ -60,6 +61,8 @@ def growing_step(
         done = int(state.step) if done is None else done + 1
         size = size_at(done, sizes, total_steps=total_steps)
         if size != before:
+            jax.block_until_ready(state)  # the arrays of the last step are free after it
+            give_back_freed_memory()
             print(f"[{name}] step {done + 1}: views of {size} px from here", flush=True)
             before = size
         return steps[size](state, batch)

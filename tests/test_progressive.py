@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.interpolate import RegularGridInterpolator
 
+from coatnet_jax import progressive
 from coatnet_jax.coatnet import CoAtNet, CoAtNetConfig
 from coatnet_jax.heads import AgeModel
 from coatnet_jax.models import create_backbone
@@ -39,12 +40,15 @@ def sizes_of_steps(first, count, capsys):
     return seen, capsys.readouterr().out.splitlines()
 
 
-def test_sizes_change_at_the_same_step_whether_resumed_or_not(capsys):
+def test_sizes_change_at_the_same_step_whether_resumed_or_not(capsys, monkeypatch):
+    trims = []
+    monkeypatch.setattr(progressive, "give_back_freed_memory", lambda: trims.append(1))
     whole, said = sizes_of_steps(0, 7, capsys)
     assert whole == [32, 32, 32, 32, 64, 64, 64]
     assert said == [
         "[test] step 1: views of 32 px from here", "[test] step 5: views of 64 px from here"
     ]  # fmt: skip
+    assert len(trims) == 2  # once for each size
     assert sizes_of_steps(2, 5, capsys)[0] == whole[2:]
     assert sizes_of_steps(5, 2, capsys) == ([64, 64], ["[test] step 6: views of 64 px from here"])
 
