@@ -136,7 +136,8 @@ def run(
     # Only of what `predict` does, kept for it or taken from what was kept.
     as_predicted = which == "best" and flip and sides is None
     if trained.validation is not None:
-        keep = as_predicted and run_dir != PACKAGED
+        packaged = run_dir == PACKAGED and read_constants(run_dir, step=model.step) is not None
+        keep = as_predicted and not packaged
         constants = conformal_constants(model, trained.validation, flip=flip, keep=keep)
     else:
         constants = read_constants(run_dir, step=model.step) if as_predicted else None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coatnet_jax import evaluate
+from coatnet_jax import conformal, evaluate
 from coatnet_jax.checkpoint import FOLDER, load_variables
 from coatnet_jax.config import read_config, read_json, save_config
 from coatnet_jax.inference import check_sides
@@ -55,6 +55,7 @@ def write_release(
     out.mkdir(parents=True, exist_ok=True)
     save_weights(out / FILE, variables, step=step)
     write_record(out, run_dir, data_folder, config.data.splits)
+    (out / conformal.FILE).unlink(missing_ok=True)  # of what was there before
     config.data.root, config.init_from = "", ""
     save_config(config, out / "config.json")
     run = {key: told[key] for key in KEPT if key in told} | {"before": before, "step": step}
