@@ -20,6 +20,7 @@ from coatnet_jax.inference import Run, load_run
 from coatnet_jax.pages import write_csv
 from coatnet_jax.release_weights import FILE, PACKAGED
 from input_pipeline.face_crops import (
+    CROP,
     Face,
     Find,
     Geometry,
@@ -54,10 +55,15 @@ class Look:
     note: str = ""  # why the age may be worse than usual
 
     def crop(self, image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
-        """The part of the picture, `size` px wide."""
-        if self.geometry is None:
-            return centre_square(image, size)
-        return square_crop(image, self.face, size=size, geometry=self.geometry)
+        """The part of the picture, `size` px wide.
+
+        A face is cut out at the size of UTKFace's crops and then shrunk as those are for the model:
+        cut out at once, it would be sharper than what was trained on.
+        """
+        if self.geometry is not None:
+            side = max(CROP, size)
+            image = square_crop(image, self.face, size=side, geometry=self.geometry)
+        return centre_square(image, size)
 
 
 def split_run(paths: Sequence[str | Path]) -> tuple[Path, list[str | Path]]:

@@ -20,6 +20,7 @@ MAX_SIDE = 1024  # px; larger photos are shrunk for the detector, not for the cr
 MIN_SHARE = 0.04  # faces smaller than this part of the photo's shorter side are not looked for
 MIN_SCORE = 0.9
 BORDER = 0.1  # of the shorter side, added where nothing was found at first
+CROP = 200  # px; the side of UTKFace's crops, and of those that are cut out of photos
 MIN_FACE = 24  # px across; what is smaller tells no age
 
 

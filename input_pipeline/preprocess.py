@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from input_pipeline.face_crops import GEOMETRIES, Find, only_face, read_photo, square_crop
+from input_pipeline.face_crops import CROP, GEOMETRIES, Find, only_face, read_photo, square_crop
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 JPEG_QUALITY = 95
@@ -45,7 +45,7 @@ class Preprocess:
     steps: tuple[str, ...] = ()
     find: Find | None = None
     geometry: str = "utkface"
-    crop: int = 200
+    crop: int = CROP
 
     def __call__(self, data: bytes) -> bytes:
         if multiprocessing.parent_process():  # `prepare` runs a process for each core
