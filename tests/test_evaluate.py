@@ -292,6 +292,19 @@ def test_constants_are_kept_only_of_what_predict_does(joined, monkeypatch, optio
     assert not (joined.run / "conformal.json").exists()
 
 
+def test_evaluation_writes_the_constants_of_the_package_only_where_it_has_none(
+    joined, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(evaluate, "PACKAGED", joined.run)
+    monkeypatch.chdir(tmp_path)
+    path = joined.run / "conformal.json"
+    evaluate.run(joined.run, joined.data, show_faces=False)  # as `release` does
+    assert conformal.read_constants(joined.run, step=7)
+    path.write_text(path.read_text() + " ")
+    evaluate.run(joined.run, joined.data, show_faces=False)
+    assert path.read_text().endswith("\n ")
+
+
 def test_packaged_model_is_judged_where_its_training_faces_are_not(joined, monkeypatch, tmp_path):
     released = tmp_path / "released"
     shutil.copytree(joined.run, released)
