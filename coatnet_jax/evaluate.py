@@ -82,9 +82,9 @@ def run(
     Writes metrics.json, report.md and .html, their pictures and predictions.csv under `out`
     (default: a folder of its own in `<run_dir>/evaluate`, of the packaged model in `evaluation`);
     with `show_faces` worst.png too. The constants of the 90 % intervals go to
-    `<run_dir>/conformal.json`. Raises ValueError for a run
-    without an age head, and where a face was trained on; copies that a published table of splits
-    tears apart are counted instead (`check_no_leak`).
+    `<run_dir>/conformal.json`. Raises ValueError for a run without an age head, and where a face
+    was trained on; copies that a published table of splits tears apart are counted instead
+    (`check_no_leak`).
     """
     run_dir, data_folder = Path(run_dir), Path(data_folder)
     training_folder = Path(training_folder or data_folder)

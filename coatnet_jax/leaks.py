@@ -90,11 +90,7 @@ def check_stages_before(
     for stage in stages:
         if stage.get("data") != folder.name or stage.get("fingerprint") == fingerprint:
             continue
-        splits = stage.get("splits", "default")
-        try:
-            train = open_split(folder, "train", splits=splits)
-        except (FileNotFoundError, ValueError):
-            train = None
+        train, splits = open_stage(stage, folder)
         same = train and stage.get("fingerprint", "") in ("", train.fingerprint)
         seen = int(trained_on(faces, train).sum()) if same else None
         found.append({"stage": stage["stage"], "splits": splits, "seen": seen})
@@ -105,6 +101,16 @@ def check_stages_before(
                 "started from: evaluate it on faces that no stage was trained on"
             )
     return found
+
+
+def open_stage(stage: Mapping[str, Any], folder: Path) -> tuple[Faces | None, str]:
+    """(the training split of a stage before, its table of splits), from the data in `folder`; None
+    where those or the table are not there any more. A stage that names no table is an old one."""
+    splits = stage.get("splits", "default")
+    try:
+        return open_split(folder, "train", splits=splits), splits
+    except (FileNotFoundError, ValueError):
+        return None, splits
 
 
 def learned_ages(stage: Mapping[str, Any]) -> bool:

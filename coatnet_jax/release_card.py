@@ -51,7 +51,8 @@ def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
     mean = f", the mean of {averaged} such runs (arXiv 2203.05482)" if averaged > 1 else ""
     return (
         f"{run['parameters'] / 1e6:.2f} M parameters, kept in bfloat16{mean}. Fine-tuned on "
-        f"{training_split(config.data)} for {config.epochs:g} epochs{stopped}, {start}"
+        f"{training_split(config.data.name, config.data.splits)} for {config.epochs:g} "
+        f"epochs{stopped}, {start}"
         f"{'' if outside else ', with no outside weights or labels'}; seed {config.seed}, data "
         f"fingerprint `{run['data_fingerprint'][:16]}`, revision `{run['git_revision']}`, "
         f"{', '.join(run['devices'])}{minutes}. Its answer is the "
@@ -75,9 +76,8 @@ def _stage(stage: Mapping[str, Any]) -> str:
         what = f"the mean of {averaged} fine-tunings" if averaged > 1 else "an earlier fine-tuning"
     else:
         what = f"{stage['method']} pre-training"
-    data = {"name": stage["data"], "splits": stage.get("splits", "default")}
-    where = f"at {stage['image_size']} px on {training_split(data)}"
-    return f"{what} ({stage['epochs']:g} epochs {where})"
+    trained_on = training_split(stage["data"], stage.get("splits", "default"))
+    return f"{what} ({stage['epochs']:g} epochs at {stage['image_size']} px on {trained_on})"
 
 
 def _scores(result: Mapping[str, Any]) -> str:

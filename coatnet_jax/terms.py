@@ -1,8 +1,5 @@
 """What may be done with a result: terms of its data, limits, uses to stay away from."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import ml_collections
 
 DRAWN = (
@@ -39,11 +36,10 @@ def data_terms(name: str) -> str:
     return UTKFACE if name == "utkface" else OTHER
 
 
-def training_split(data: ml_collections.ConfigDict | Mapping[str, Any]) -> str:
-    """What was trained on, in words, from the config's `data` (or its name and splits alone)."""
-    table = data.get("splits", "default")
-    named = "" if table == "default" else f" (table of splits `{table}`)"
-    return f"the training split of `{data['name']}`{named}"
+def training_split(name: str, splits: str) -> str:
+    """What was trained on, in words: the data set, and its table of splits if not `default`."""
+    table = "" if splits == "default" else f" (table of splits `{splits}`)"
+    return f"the training split of `{name}`{table}"
 
 
 def model_card(config: ml_collections.ConfigDict, *, parameters: int, fingerprint: str) -> str:
@@ -57,8 +53,9 @@ def model_card(config: ml_collections.ConfigDict, *, parameters: int, fingerprin
         [
             f"# {config.model.name}, {config.stage}",
             f"{parameters / 1e6:.2f} M parameters, {config.model.image_size} px, from {start}. "
-            f"Trained on {training_split(config.data)}, fingerprint `{fingerprint[:16]}`; "
-            "config.json and run.json beside this file say how, evaluate/ how well, by age class.",
+            f"Trained on {training_split(name, config.data.splits)}, fingerprint "
+            f"`{fingerprint[:16]}`; config.json and run.json beside this file say how, evaluate/ "
+            "how well, by age class.",
             "## Terms",
             data_terms(name),
             "## Limits",

@@ -20,6 +20,7 @@ from coatnet_jax.leaks import (
     check_no_leak,
     check_stages_before,
     learned_ages,
+    open_stage,
     refuse_trained_on,
     training_splits,
 )
@@ -92,11 +93,10 @@ def write_record(out: Path, run_dir: Path, folder: Path, splits: str) -> None:
     for stage in stages_before(run_dir):
         if not learned_ages(stage) or stage.get("fingerprint") == train.fingerprint:
             continue
-        name, table = stage.get("data"), stage.get("splits", "default")
-        try:
-            faces = open_split(folder.with_name(name), "train", splits=table)
-        except (FileNotFoundError, ValueError):
-            print(f"the faces of the stage on {name} ({table}) are not here: left out of {FILE}")
+        faces, table = open_stage(stage, folder.with_name(stage["data"]))
+        if faces is None:
+            where = f"{stage['data']} ({table})"
+            print(f"the faces of the stage on {where} are not here: left out of {FILE}")
             continue
         hashes.append(short_hashes(faces.labels["pixel_hash"]))
     counts = {
