@@ -87,6 +87,10 @@ def supervised_view(
     flip_prob: float = 0.5,
     jitter_prob: float = 0.8,
     jitter: float = 0.3,
+    blur_prob: float = 0.0,
+    blur_sigma: tuple[float, float] = (0.1, 1.5),
+    sharpen_prob: float = 0.0,
+    sharpen: float = 1.0,
     erase_prob: float = 0.25,
     rand_augment_ops: int = 0,
     rand_augment_magnitude: float = 9.0,
@@ -95,18 +99,25 @@ def supervised_view(
 ) -> Float[Array, "b size size 3"]:
     """One mild view of each image for training on labels; arguments as in `simclr_view`.
 
-    With `rand_augment_ops` each view goes through so many operations of RandAugment (see
+    With `sharpen_prob` a view's edges are raised by up to `sharpen` times what a blur of 1 px would
+    take from them, after the blur if it has both. With `rand_augment_ops` each view goes through so many operations of RandAugment (see
     `rand_augment`), after the colour jitter and before a random box becomes the mean colour with
     `erase_prob` (random erasing, arXiv 1708.04896).
     """
 
     def draw(key):
-        keys = jax.random.split(key, 3)
+        keys = jax.random.split(key, 5)
         rows, columns = _crop_matrices(
             keys[0], images.shape[1:3], size, crop=crop, ratio=ratio, flip_prob=flip_prob
         )
         matrix, contrast = _jitter(keys[1], prob=jitter_prob, strength=jitter)
         kept_rows, kept_columns = _erase_masks(keys[2], size, prob=erase_prob)
+        if blur_prob:
+            blur = _blur_matrix(keys[3], size, prob=blur_prob, sigma=blur_sigma)
+            rows, columns = blur @ rows, blur @ columns
+        if sharpen_prob:
+            edges = _sharpen_matrix(keys[4], size, prob=sharpen_prob, strength=sharpen)
+            rows, columns = edges @ rows, edges @ columns
         return rows, columns, matrix, contrast, kept_rows, kept_columns
 
     drawn = jax.vmap(draw)(jax.random.split(rng, images.shape[0]))
@@ -115,7 +126,7 @@ def supervised_view(
     pixels = _pixels(images, *drawn[:4])
     if rand_augment_ops:
         pixels = rand_augment(
-            jax.random.fold_in(rng, 1),
+            jax.random.fold_in(rng, len(images)),  # the images have those of 0 to b - 1
             pixels,
             ops=rand_augment_ops,
             magnitude=rand_augment_magnitude,
@@ -230,11 +241,22 @@ def _blur_matrix(key, size, *, prob, sigma) -> Float[Array, "size size"]:
     Rows are renormalised where the kernel leaves the image.
     """
     apply, draw = jax.random.uniform(key, (2,))
-    width = sigma[0] + draw * (sigma[1] - sigma[0])
+    blur = _gaussian_matrix(size, sigma[0] + draw * (sigma[1] - sigma[0]))
+    return jnp.where(apply < prob, blur, jnp.eye(size))
+
+
+def _sharpen_matrix(key, size, *, prob, strength) -> Float[Array, "size size"]:
+    """An unsharp mask along one side, or (with 1 - prob) the identity: I + s (I - blur of 1 px)."""
+    apply, draw = jax.random.uniform(key, (2,))
+    share = jnp.where(apply < prob, strength * draw, 0.0)
+    return (1 + share) * jnp.eye(size) - share * _gaussian_matrix(size, 1.0)
+
+
+def _gaussian_matrix(size, sigma) -> Float[Array, "size size"]:
+    """A Gaussian of this standard deviation around each place of one side, each row of sum 1."""
     place = jnp.arange(size, dtype=jnp.float32)
-    weights = jnp.exp(-0.5 * ((place[:, None] - place) / width) ** 2)
-    weights = weights / jnp.sum(weights, axis=1, keepdims=True)
-    return jnp.where(apply < prob, weights, jnp.eye(size))
+    weights = jnp.exp(-0.5 * ((place[:, None] - place) / sigma) ** 2)
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
 def _jitter(key, *, prob, strength):

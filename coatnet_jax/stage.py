@@ -40,6 +40,8 @@ FREE_KEYS = (
 LATER_KEYS = {
     **{"loss.decode": "median", "loss.balanced": False, "progressive": ()},
     **{"augment.rand_augment_ops": 0, "augment.rand_augment_magnitude": 9.0},
+    **{"augment.blur_prob": 0.0, "augment.blur_sigma": (0.1, 1.5)},
+    **{"augment.sharpen_prob": 0.0, "augment.sharpen": 1.0},
     **{"data.label_noise": "keep", "eval_sides": (1.0,)},
 }
 BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {

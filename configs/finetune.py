@@ -77,6 +77,10 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     augment.flip_prob = 0.5
     augment.jitter_prob = 0.8
     augment.jitter = 0.3
+    # Photos of other sources are sharper or less sharp than the training's: chances of each view to
+    # be blurred and sharpened, the blur's width in pixels of the view, the greatest unsharp mask.
+    augment.blur_prob, augment.blur_sigma = 0.0, (0.1, 1.5)
+    augment.sharpen_prob, augment.sharpen = 0.0, 1.0
     augment.erase_prob = 0.25
     augment.rand_augment_ops = 0  # of RandAugment's operations, so many for each view; 0: off
     augment.rand_augment_magnitude = 9.0  # 0-10
