@@ -99,8 +99,9 @@ def supervised_view(
 ) -> Float[Array, "b size size 3"]:
     """One mild view of each image for training on labels; arguments as in `simclr_view`.
 
-    With `sharpen_prob` a view's edges are raised by up to `sharpen` times what a blur of 1 px would
-    take from them, after the blur if it has both. With `rand_augment_ops` each view goes through so many operations of RandAugment (see
+    With `sharpen_prob` up to `sharpen` times what a blur of 1 px takes from a view's rows, and then
+    from its columns, is added to them, after the blur where a view is drawn for both. With
+    `rand_augment_ops` each view goes through so many operations of RandAugment (see
     `rand_augment`), after the colour jitter and before a random box becomes the mean colour with
     `erase_prob` (random erasing, arXiv 1708.04896).
     """

@@ -133,11 +133,12 @@ def run(
         "environment": environment(),
         **score(p, age, train_age=trained.labels["age"], decode=decode),
     }
+    packaged = run_dir.resolve() == PACKAGED.resolve()
     # Only of what `predict` does, kept for it or taken from what was kept.
     as_predicted = which == "best" and flip and sides is None
     if trained.validation is not None:
-        packaged = run_dir == PACKAGED and read_constants(run_dir, step=model.step) is not None
-        keep = as_predicted and not packaged
+        kept = packaged and read_constants(run_dir, step=model.step) is not None
+        keep = as_predicted and not kept
         constants = conformal_constants(model, trained.validation, flip=flip, keep=keep)
     else:
         constants = read_constants(run_dir, step=model.step) if as_predicted else None
@@ -157,7 +158,7 @@ def run(
         attributes = {"gender": q[:, :2], "race": q[:, 2:]}
         if table := attribute_table(attributes, labels, trained.labels):
             result["attributes"] = table
-    reports = Path("evaluation") if run_dir == PACKAGED else run_dir / "evaluate"
+    reports = Path("evaluation") if packaged else run_dir / "evaluate"
     out = Path(out) if out else reports / _folder_name(result)
     columns = {key: np.asarray(faces.labels[key])[rows] for key in ("pixel_hash", "gender", "race")}
     columns |= {"low": np.round(low, 2), "high": np.round(high, 2)}

@@ -26,12 +26,13 @@ from input_pipeline.face_crops import (
     Geometry,
     alignment,
     displacement,
+    encode_crop,
     misfit,
     read_photo,
     square_crop,
     too_small,
 )
-from input_pipeline.images import centre_square
+from input_pipeline.images import centre_square, decode_image
 
 ENDINGS = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif"}
 # Looked for in folders too, so that they are named as unreadable instead of passed over.
@@ -57,13 +58,13 @@ class Look:
     def crop(self, image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
         """The part of the picture, `size` px wide.
 
-        A face is cut out at the size of UTKFace's crops and then shrunk as those are for the model:
-        cut out at once, it would be sharper than what was trained on.
+        A face comes as the crop that `prepare` would write of it, at the size of UTKFace's: cut out
+        at once, it would be sharper than what was trained on.
         """
-        if self.geometry is not None:
-            side = max(CROP, size)
-            image = square_crop(image, self.face, size=side, geometry=self.geometry)
-        return centre_square(image, size)
+        if self.geometry is None:
+            return centre_square(image, size)
+        crop = square_crop(image, self.face, size=CROP, geometry=self.geometry)
+        return decode_image(encode_crop(crop), size)
 
 
 def split_run(paths: Sequence[str | Path]) -> tuple[Path, list[str | Path]]:

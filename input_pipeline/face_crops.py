@@ -2,6 +2,10 @@
 
 A model has seen crops of one geometry: eyes and mouth stand at nearly the same place in each. The
 same place is given here to the faces of any photo, by a similarity transform (turn, scale, shift).
+
+An age is read from fine detail, so crops must be as sharp as a set's too. UTKFace's are chips of
+dlib, as their names say, and JPEGs of quality 75. dlib's `extract_image_chips` halves a large photo
+until it is less than twice as large as the chip, then interpolates bilinearly: so it is done here.
 """
 
 import threading
@@ -13,7 +17,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from input_pipeline.images import decode_checked
+from input_pipeline.images import decode_checked, encode_jpeg
 from input_pipeline.mtcnn import Mtcnn, weights_folder
 
 MAX_SIDE = 1024  # px; larger photos are shrunk for the detector, not for the crop
@@ -21,6 +25,7 @@ MIN_SHARE = 0.04  # faces smaller than this part of the photo's shorter side are
 MIN_SCORE = 0.9
 BORDER = 0.1  # of the shorter side, added where nothing was found at first
 CROP = 200  # px; the side of UTKFace's crops, and of those that are cut out of photos
+CROP_QUALITY = 75  # of the JPEGs that UTKFace's crops are
 MIN_FACE = 24  # px across; what is smaller tells no age
 
 
@@ -87,7 +92,10 @@ class Detector:
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> list[Face]:
         shrink = min(1.0, self.max_side / max(image.shape[:2]))
-        small = _resized(image, shrink) if shrink < 1 else image
+        small = image
+        if shrink < 1:
+            w, h = (max(1, round(side * shrink)) for side in image.shape[1::-1])
+            small = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)
         scale = np.array(image.shape[1::-1]) / small.shape[1::-1]
         # A face that fills the whole picture is seen better with a border around it.
         border = round(BORDER * min(small.shape[:2]))
@@ -142,13 +150,15 @@ def square_crop(
     """The face cut out, its landmarks brought as near to the geometry's as turning, scaling and
     shifting can; what lies beyond the photo's edge mirrors what lies within."""
     matrix = alignment(face.landmarks, size * geometry.landmarks)
-    scale = float(np.hypot(*matrix[:, 0]))
-    if scale < 0.5:  # interpolating alone would skip pixels
-        shrink = 2 * scale
-        image = _resized(image, shrink)
-        matrix = np.hstack([matrix[:, :2] / shrink, matrix[:, 2:]])
-    how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_LINEAR
-    return cv2.warpAffine(image, matrix, (size, size), flags=how, borderMode=cv2.BORDER_REFLECT_101)
+    while np.hypot(*matrix[:, 0]) < 0.5:  # interpolating alone would skip pixels
+        image = cv2.pyrDown(image)  # keeps every second pixel of the blurred image, from the first
+        matrix[:, :2] *= 2
+    return cv2.warpAffine(image, matrix, (size, size), borderMode=cv2.BORDER_REFLECT_101)
+
+
+def encode_crop(crop: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """JPEG bytes of a crop that has lost as much to compression as UTKFace's crops have."""
+    return encode_jpeg(crop, CROP_QUALITY)
 
 
 def alignment(
@@ -181,8 +191,3 @@ def displacement(
     side = min(h, w)
     seen = (face.landmarks - [(w - side) / 2, (h - side) / 2]) / side
     return float(np.sqrt(np.mean(np.sum((seen - geometry.landmarks) ** 2, axis=1))))
-
-
-def _resized(image: UInt8[np.ndarray, "h w 3"], scale: float) -> UInt8[np.ndarray, "h2 w2 3"]:
-    w, h = (max(1, round(side * scale)) for side in image.shape[1::-1])
-    return cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from input_pipeline.face_traits import Traits, pick_traits
+from input_pipeline.images import decode_rgb, encode_jpeg
 
 CANVAS = 160  # faces are drawn at least this large and then shrunk, which smooths every edge
 GREY = np.array([205, 203, 200], np.float32)
@@ -372,13 +373,8 @@ def _photograph(rng, image: np.ndarray, size: int) -> np.ndarray:
     image += rng.standard_normal(image.shape, np.float32) * np.float32(rng.gamma(1.5, 1.4))
     image = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
     if rng.random() < 0.3:
-        squeezed = encode_jpeg(image, int(rng.integers(35, 85)))
-        image = cv2.imdecode(squeezed, cv2.IMREAD_COLOR)[..., ::-1]
+        image = decode_rgb(encode_jpeg(image, int(rng.integers(35, 85))))
     return np.ascontiguousarray(image)
-
-
-def encode_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
 
 
 def draw_face(

@@ -1,4 +1,4 @@
-"""Image bytes to pixels: checked once when data is prepared, decoded fast when it is read."""
+"""Image bytes to pixels, checked when data is prepared and decoded fast when read, and back."""
 
 import hashlib
 import io
@@ -78,6 +78,16 @@ def centre_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.nda
         return pixels
     how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
     return cv2.resize(pixels, (size, size), interpolation=how)
+
+
+def encode_jpeg(
+    pixels: UInt8[np.ndarray, "h w 3"], quality: int, *, full_colour: bool = False
+) -> bytes:
+    """Returns JPEG bytes of RGB pixels, with the colour at half the resolution or `full_colour`."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    if full_colour:
+        options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    return cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
 def pixel_hash(pixels: UInt8[np.ndarray, "h w 3"]) -> str:

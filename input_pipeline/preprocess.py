@@ -1,7 +1,8 @@
 """What is done to pictures once, when a set is built: faces cut out, noise taken away, sharpened.
 
 `coatnet-jax prepare … --crop-faces --preprocess denoise,unsharp` gives a `Preprocess` to
-`prepare(transform=…)`. Pictures that were changed are written as JPEG of quality 95.
+`prepare(transform=…)`. Faces that were cut out are written as JPEG like UTKFace's, other pictures
+that were changed as JPEG of quality 95 with colour at full resolution.
 """
 
 import difflib
@@ -12,11 +13,21 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from input_pipeline.face_crops import CROP, GEOMETRIES, Find, only_face, read_photo, square_crop
+from input_pipeline.face_crops import (
+    CROP,
+    CROP_QUALITY,
+    GEOMETRIES,
+    Find,
+    encode_crop,
+    only_face,
+    read_photo,
+    square_crop,
+)
+from input_pipeline.images import encode_jpeg
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 JPEG_QUALITY = 95
-VERSION = 1  # part of the fingerprint of a set: raise it when a step below gives other pixels
+VERSION = 2  # part of the fingerprint of a set: raise it when a step below gives other pixels
 
 
 def unsharp(image: Pixels) -> Pixels:
@@ -57,13 +68,16 @@ class Preprocess:
             image = square_crop(image, face, size=self.crop, geometry=geometry)
         for step in self.steps:
             image = STEPS[step](image)
-        return encode_jpeg(image)
+        if self.find:
+            return encode_crop(image)
+        return encode_jpeg(image, JPEG_QUALITY, full_colour=True)
 
     @property
     def id(self) -> str:
         """Names what is done, with the settings and the version, for `prepare(transform_id=…)`."""
         crop = [f"crop-faces({self.geometry}, {self.crop} px)"] if self.find else []
-        return f"{' + '.join([*crop, *self.steps])}, JPEG {JPEG_QUALITY}, version {VERSION}"
+        quality = CROP_QUALITY if self.find else JPEG_QUALITY
+        return f"{' + '.join([*crop, *self.steps])}, JPEG {quality}, version {VERSION}"
 
 
 def parse_steps(text: str) -> tuple[str, ...]:
@@ -77,10 +91,3 @@ def parse_steps(text: str) -> tuple[str, ...]:
     if len(set(steps)) < len(steps):
         raise ValueError(f"a pre-processing step is named twice in {text!r}")
     return steps
-
-
-def encode_jpeg(image: Pixels) -> bytes:
-    """JPEG bytes of RGB pixels, quality 95 and colour at full resolution."""
-    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-    options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1].tobytes()

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from input_pipeline.face_drawing import check_range, draw_face, encode_jpeg
+from input_pipeline.face_drawing import check_range, draw_face
+from input_pipeline.images import encode_jpeg
 
 VERSION = 1  # raise it when the drawing changes, so that old folders are drawn anew
 OWN_NAME = re.compile(r"\d{1,3}_[01]_[0-4]_1900\d{13}\.jpg\.chip\.jpg")  # UTKFace: 2016, 2017
@@ -64,7 +65,7 @@ def write_drawn_faces(
     todo = [(i, *label) for i, label in enumerate(labels) if label[-1] not in present]
     for done, (i, age, gender, race, name) in enumerate(todo, 1):
         face = draw_face(np.random.default_rng([seed, i]), age, gender, race, size)
-        _write_whole(folder / name, encode_jpeg(face, 92).tobytes())
+        _write_whole(folder / name, encode_jpeg(face, 92))
         if progress and (done % 400 == 0 or done == len(todo)):
             progress(f"drew {done} of {len(todo)} faces")
     return folder

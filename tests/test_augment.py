@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter1d
 
 from coatnet_jax import augment
 
@@ -135,6 +136,52 @@ def test_blur_keeps_a_flat_image_flat_up_to_the_edge():
     flat = np.full((8, 32, 32, 3), 90, np.uint8)
     blurred = _pixels(_simclr(flat, blur_prob=1.0, blur_sigma=(0.1, 3.0)))
     np.testing.assert_allclose(blurred, 90, atol=1e-2)
+
+
+def _supervised(faces, **options):
+    options = {"erase_prob": 0.0, **AS_IT_IS, **options}
+    return _pixels(augment.supervised_view(jax.random.key(0), faces, size=32, **options))
+
+
+def test_supervised_views_blur_and_sharpen_apart_and_each_by_its_own_chance(faces):
+    image, inside = faces[3].astype(np.float64), (3, slice(7, -7), slice(7, -7))
+    blurred = _supervised(faces, blur_prob=1.0, blur_sigma=(1.3, 1.3))
+    expected = cv2.GaussianBlur(image, (15, 15), 1.3)[7:-7, 7:-7]
+    np.testing.assert_allclose(blurred[inside], expected, atol=0.01)
+
+    # The mask's share is drawn: the one that fits has to fit every pixel.
+    sharper = _supervised(faces, sharpen_prob=1.0, sharpen=0.6)
+    one_px = gaussian_filter1d(np.eye(32), 1.0, axis=1, mode="constant", truncate=9)
+    one_px /= one_px.sum(1, keepdims=True)
+
+    def mask(share):
+        edges = (1 + share) * np.eye(32) - share * one_px
+        return np.clip(np.einsum("ph,hwc,qw->pqc", edges, image, edges), 0, 255)
+
+    off = [np.abs(mask(share) - sharper[3]).max() for share in np.linspace(0, 0.6, 601)]
+    assert min(off) < 0.1 and np.argmin(off) > 10
+    assert np.linalg.norm(np.diff(sharper[3], axis=0)) > np.linalg.norm(np.diff(image, axis=0))
+
+    some = _supervised(faces, blur_prob=0.5, blur_sigma=(1.0, 1.0), sharpen_prob=0.5)
+    steps = [np.diff(x, axis=1).std((1, 2, 3)) for x in (some, _supervised(faces))]
+    change = steps[0] / steps[1]
+    assert (change < 0.95).any() and (change > 1.05).any() and (abs(change - 1) < 1e-3).any()
+
+
+def test_drawing_more_leaves_what_was_drawn_before(faces):
+    """Crops, colours and boxes of a training are those of one without blur and sharpening."""
+    options = {"size": 32, "erase_prob": 0.5}
+    plain = augment.supervised_view(jax.random.key(4), faces, **options)
+    hardly = augment.supervised_view(
+        jax.random.key(4),
+        faces,
+        **options,
+        blur_prob=1.0,
+        blur_sigma=(1e-3, 1e-3),
+        sharpen_prob=1.0,
+        sharpen=1e-6,
+    )
+    np.testing.assert_allclose(hardly, plain, atol=1e-4)
 
 
 def _render(image, *, brightness=1.0, contrast=1.0, saturation=1.0, turn=0.0):

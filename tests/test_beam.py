@@ -9,12 +9,13 @@ import pytest
 pytest.importorskip("apache_beam", reason="pip install '.[beam]' to run this")
 
 from input_pipeline import archive
-from input_pipeline.face_drawing import draw_face, encode_jpeg
+from input_pipeline.face_drawing import draw_face
+from input_pipeline.images import encode_jpeg
 from input_pipeline.prepare import prepare
 
 
 def face(i):
-    return encode_jpeg(draw_face(np.random.default_rng([5, i]), i, i % 2, i % 5, 48), 90).tobytes()
+    return encode_jpeg(draw_face(np.random.default_rng([5, i]), i, i % 2, i % 5, 48), 90)
 
 
 def name(i):

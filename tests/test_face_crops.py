@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import convolve1d, map_coordinates
 
 from input_pipeline import face_crops, mtcnn
-from input_pipeline.face_crops import UTKFACE, Detector, Face
+from input_pipeline.face_crops import CROP, UTKFACE, Detector, Face
 
 
 def turned_face(*, angle=0.0, scale=100.0, centre=(200, 150)):
@@ -50,6 +51,38 @@ def test_crop_of_a_large_face_does_not_skip_pixels():
     image = np.repeat(board[..., None], 3, 2).astype(np.uint8)
     crop = face_crops.square_crop(image, turned_face(scale=1500, centre=(800, 800)), size=50)
     assert abs(crop.mean() - 127.5) < 2 and crop.std() < 20
+
+
+@pytest.mark.parametrize(("scale", "halvings"), [(60, 0), (110, 0), (500, 2)])
+def test_crops_are_dlibs_halved_by_a_pyramid_and_interpolated_bilinearly(scale, halvings):
+    image = np.random.default_rng(0).integers(0, 256, (600, 700, 3), np.uint8)
+    face = turned_face(angle=0.2, scale=scale, centre=(350, 300))
+    level = image.astype(float)
+    for _ in range(halvings):
+        for axis in (0, 1):
+            level = convolve1d(level, np.array([1, 4, 6, 4, 1]) / 16, axis=axis, mode="mirror")
+        level = level[::2, ::2]
+    matrix = face_crops.alignment(face.landmarks / 2**halvings, 100 * UTKFACE.landmarks)
+    y, x = np.indices((100, 100)).reshape(2, -1) - matrix[::-1, 2:]
+    places = np.linalg.solve(matrix[::-1, 1::-1], [y, x])  # rows and columns of the level
+    expected = [
+        map_coordinates(c, places, order=1, mode="mirror") for c in np.moveaxis(level, 2, 0)
+    ]
+    crop = face_crops.square_crop(image, face, size=100)
+    off = np.abs(crop.reshape(-1, 3) - np.stack(expected, -1))
+    assert off.mean() < 1.5 and off.max() < 16  # OpenCV looks places up on a grid of 1/32 px
+
+
+def test_crops_are_compressed_as_utkfaces_are(real_faces):
+    with tarfile.open(real_faces / "utkface-00.tar") as tar:
+        members = [m for m, _ in zip((m for m in tar if m.isfile()), range(50), strict=False)]
+        own = [Image.open(io.BytesIO(tar.extractfile(m).read())) for m in members]
+    image = np.random.default_rng(0).integers(0, 256, (CROP, CROP, 3), np.uint8)
+    ours = Image.open(io.BytesIO(face_crops.encode_crop(image)))
+    for picture in own:
+        assert picture.size == ours.size
+        assert picture.quantization == ours.quantization
+        assert [part[1:3] for part in picture.layer] == [part[1:3] for part in ours.layer]
 
 
 def test_crop_beyond_the_edge_mirrors_the_photo():

@@ -8,7 +8,8 @@ import pytest
 
 from coatnet_jax.config import load_config
 from coatnet_jax.stage import open_stage
-from input_pipeline.face_drawing import draw_face, encode_jpeg
+from input_pipeline.face_drawing import draw_face
+from input_pipeline.images import encode_jpeg
 from input_pipeline.label_noise import settle_conflicts
 from input_pipeline.pipeline import Faces, open_split, train_loader
 from input_pipeline.prepare import prepare
@@ -84,7 +85,7 @@ def root(tmp_path_factory):
         drawn = draw_face(np.random.default_rng([3, i % 40]), 20 + i % 40, 0, 0, 48)
         name = f"{20 + i % 40 + 5 * (i >= 40)}_0_0_201701161745251{i:02d}.jpg.chip.jpg"
         image = cv2.convertScaleAbs(drawn, alpha=0.9) if i >= 40 else drawn
-        (pictures / name).write_bytes(encode_jpeg(image, 92).tobytes())
+        (pictures / name).write_bytes(encode_jpeg(image, 92))
         part = ("train", "validation", "test")[i % 3] if i >= 40 else "train" if i < 20 else None
         rows.append((name, part or ("validation", "test")[i % 2]))
     with (root / "own.csv").open("w", newline="") as out:

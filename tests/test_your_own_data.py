@@ -14,7 +14,8 @@ import pytest
 
 from coatnet_jax.config import parse_training_flags
 from coatnet_jax.main import TRAINING, _parser, main
-from input_pipeline.face_drawing import draw_face, encode_jpeg
+from input_pipeline.face_drawing import draw_face
+from input_pipeline.images import encode_jpeg
 from input_pipeline.prepared import read_labels
 from input_pipeline.splits import read_splits
 
@@ -32,9 +33,7 @@ def commands(name):
 
 
 def face(i, age):
-    return encode_jpeg(
-        draw_face(np.random.default_rng([3, i]), age, i % 2, i % 5, 48), 92
-    ).tobytes()
+    return encode_jpeg(draw_face(np.random.default_rng([3, i]), age, i % 2, i % 5, 48), 92)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def place(tmp_path_factory):
         for i in range(30):
             photos.writestr(f"{'ab'[i % 2]}/{i}.jpg", face(i, 20 + i))
         smaller = cv2.resize(draw_face(np.random.default_rng([3, 0]), 20, 0, 0, 48), (44, 44))
-        photos.writestr("a/copy.jpg", encode_jpeg(smaller, 80).tobytes())
+        photos.writestr("a/copy.jpg", encode_jpeg(smaller, 80))
         photos.writestr("a/nobody.jpg", face(99, 50))
     table = [f"{'ab'[i % 2]}/{i}.jpg,{20 + i},{('female', '')[i % 2]},p{i // 3}" for i in range(30)]
     table += ["a/copy.jpg,60,,", "a/gone.jpg,33,,"]
