@@ -58,6 +58,11 @@ BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "two shares of the area, over 0, the larger last and at most 1",
         lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
     ),
+    "augment.blur_sigma": (
+        "two widths in pixels, over 0, the larger last",
+        lambda x: len(x) == 2 and 0 < x[0] <= x[1] < math.inf,
+    ),
+    "augment.sharpen": ("at least 0", lambda x: 0 <= x < math.inf),
     "data.crop": (f"one of {', '.join(GEOMETRIES)}", lambda x: x in GEOMETRIES),
 }
 CACHES = ("none", "host", "device")

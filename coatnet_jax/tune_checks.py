@@ -119,6 +119,8 @@ def without_regularisation(config: ml_collections.ConfigDict) -> ml_collections.
             "augment.jitter_prob": 0.0,
             "augment.erase_prob": 0.0,
             "augment.rand_augment_ops": 0,
+            "augment.blur_prob": 0.0,
+            "augment.sharpen_prob": 0.0,
             "progressive": (),
             "mixup": 0.0,
             "model.drop_path": 0.0,

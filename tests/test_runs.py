@@ -285,6 +285,8 @@ def test_run_from_before_other_losses_is_read_and_gone_on_with(drawn_root, finet
     assert (config.pop("progressive"), config["data"].pop("label_noise")) == ([], "keep")
     assert config["augment"].pop("rand_augment_ops") == 0
     assert config["augment"].pop("rand_augment_magnitude") == 9
+    for key in ("blur_prob", "blur_sigma", "sharpen_prob", "sharpen"):
+        config["augment"].pop(key)
     (old / "config.json").write_text(json.dumps(config))
     result = evaluate.run(old, drawn_root / "drawn")
     assert result == evaluate.run(finetuned, drawn_root / "drawn", out=tmp_path) | {"run": str(old)}
@@ -374,6 +376,7 @@ BAD_VALUES = (
     *("batch_size=0", "log_every=0", "epochs=-1", "epochs=nan", "ema=2", "mixup=-1"),
     *("model.drop_path=1.5", "model.std=(0,0,0)", "optim.layer_decay=-1", "data.crop=foo"),
     *("augment.crop=0.5", "augment.crop=(1.0,0.5)", "optim.warmup_epochs=99"),
+    *("augment.blur_sigma=(0.0,1.0)", "augment.sharpen=-1.0"),
 )
 
 
