@@ -147,7 +147,8 @@ def test_view_is_the_plain_one_after_the_operations_of_its_magnitude(faces):
     pixels = augment.denormalize(jax.jit(view)(key, faces)).astype(jnp.float32)
     fill = tuple(255 * value for value in augment.IMAGE_MEAN)
     drawn = jax.jit(partial(rand_augment, ops=1, magnitude=4.0, fill=fill))(
-        jax.random.split(key, len(faces) + 1)[-1], pixels  # no image's own key
+        jax.random.split(key, len(faces) + 1)[-1],
+        pixels,  # no image's own key
     )
     assert np.abs(drawn - pixels).max((1, 2, 3)).min() > 1  # none drew the identity
     found = jax.jit(partial(view, **strength))(key, faces)
