@@ -146,10 +146,8 @@ def test_view_is_the_plain_one_after_the_operations_of_its_magnitude(faces):
     view = partial(augment.supervised_view, size=24, jitter_prob=0.0, erase_prob=0.0)
     pixels = augment.denormalize(jax.jit(view)(key, faces)).astype(jnp.float32)
     fill = tuple(255 * value for value in augment.IMAGE_MEAN)
-    drawn = jax.jit(partial(rand_augment, ops=1, magnitude=4.0, fill=fill))(
-        jax.random.split(key, len(faces) + 1)[-1],
-        pixels,  # no image's own key
-    )
+    free = jax.random.split(key, len(faces) + 1)[-1]  # the others are the images' own
+    drawn = jax.jit(partial(rand_augment, ops=1, magnitude=4.0, fill=fill))(free, pixels)
     assert np.abs(drawn - pixels).max((1, 2, 3)).min() > 1  # none drew the identity
     found = jax.jit(partial(view, **strength))(key, faces)
     assert np.abs(augment.normalize(drawn) - found).max() < 0.02
