@@ -1,9 +1,9 @@
 """Random views of face images, made on the device inside the jitted step.
 
-Cropping, resizing, flipping and blurring are linear and act on rows and columns apart: they fold
-into one [size, H] and one [size, W] matrix an image. Brightness, contrast, saturation, hue and
-greying are affine in the three channels: they fold into one 3x3 matrix and an offset. A view is
-then two matrix products, one affine map, and one clip to 0-255 at the very end.
+Cropping, resizing, flipping, blurring and sharpening are linear and act on rows and columns apart:
+they fold into one [size, H] and one [size, W] matrix an image. Brightness, contrast, saturation,
+hue and greying are affine in the three channels: they fold into one 3x3 matrix and an offset. A
+view is then two matrix products, one affine map, and one clip to 0-255 at the very end.
 
 Folding is exact but for that single clip (torchvision clips after every step): a linear map of
 space and one of the channels commute, and as contrast, saturation and hue all keep the luma, the

@@ -27,7 +27,7 @@ from coatnet_jax.ssl.watch import (
 )
 from coatnet_jax.stage import Setting, open_stage, run_stage
 from coatnet_jax.train_state import TrainState, apply_gradients
-from input_pipeline.pipeline import Faces, decode_image
+from input_pipeline.pipeline import Faces, decode_image, evenly_spread
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
@@ -202,7 +202,7 @@ def _gradients(params, target, carried, rng, images, age, *, model, method, view
 def draw_views(path: Path, setting: Setting, view: Any, *, faces: int = 12) -> None:
     """A picture of some training faces as the model sees them: each whole, then two views of it."""
     config = setting.config
-    rows = _spread(len(setting.train_faces), faces)
+    rows = evenly_spread(len(setting.train_faces), faces)
     images = jnp.asarray(_decode(setting.train_faces, rows, config.data.image_size))
     pixels = partial(denormalize, **normalisation(config))
     whole = pixels(eval_view(images, **image_format(config)))
@@ -221,7 +221,7 @@ def monitor_faces(setting: Setting) -> dict[str, np.ndarray]:
     faces = {"train": setting.train_faces, "validation": setting.validation_faces}
     monitor = {}
     for split, source in faces.items():
-        rows = _spread(len(source), setting.config.monitor.images)
+        rows = evenly_spread(len(source), setting.config.monitor.images)
         monitor[f"{split}_image"] = _decode(source, rows, setting.config.data.image_size)
         monitor[f"{split}_age"] = np.asarray(source.labels["age"])[rows]
     return monitor
@@ -249,11 +249,6 @@ def evaluate(
     if warning := collapse_warning(**watched):
         print(f"[pretrain] {warning}", flush=True)
     return {**errors, **watched}
-
-
-def _spread(length: int, count: int) -> np.ndarray:
-    """At most `count` row numbers, evenly spread over `length` rows."""
-    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int))
 
 
 def _decode(faces: Faces, rows: np.ndarray, size: int) -> np.ndarray:

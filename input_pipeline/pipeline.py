@@ -148,6 +148,11 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
     )
 
 
+def evenly_spread(length: int, count: int) -> np.ndarray:
+    """Returns at most `count` row numbers, evenly spread over `length` rows."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int))
+
+
 def decode_once(
     faces: Faces, image_size: int, *, progress: Callable[[str], None] | None = print
 ) -> Faces:

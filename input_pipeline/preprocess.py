@@ -30,9 +30,9 @@ JPEG_QUALITY = 95
 VERSION = 2  # part of the fingerprint of a set: raise it when a step below gives other pixels
 
 
-def unsharp(image: Pixels) -> Pixels:
-    """Sharpened: half of what a Gaussian blur of 1 px takes away is added."""
-    return cv2.addWeighted(image, 1.5, cv2.GaussianBlur(image, (0, 0), 1.0), -0.5, 0)
+def unsharp(image: Pixels, share: float = 0.5) -> Pixels:
+    """Sharpened: `share` of what a Gaussian blur of 1 px takes away is added."""
+    return cv2.addWeighted(image, 1 + share, cv2.GaussianBlur(image, (0, 0), 1.0), -share, 0)
 
 
 def denoise(image: Pixels) -> Pixels:
