@@ -24,6 +24,7 @@ from coatnet_jax.optim import first_trained_stage
 from coatnet_jax.release_weights import is_released, load_released
 from coatnet_jax.sharding import gather, make_mesh, replicate, split_over
 from coatnet_jax.ssl.methods import create_siamese
+from coatnet_jax.traced import traced_once
 from coatnet_jax.train_state import init_variables
 from input_pipeline.face_crops import GEOMETRIES, Geometry
 
@@ -164,7 +165,10 @@ def attributes_step(
 
 @dataclass(frozen=True)
 class Run:
-    """A run's model and weights; `run_dir` and `step` are None and 0 for untrained weights."""
+    """A run's model and weights; `run_dir` and `step` are None and 0 for untrained weights.
+
+    `programs` is a folder where `probabilities` keeps what it traced, for the next process.
+    """
 
     config: ml_collections.ConfigDict
     variables: Any
@@ -172,6 +176,7 @@ class Run:
     run_dir: Path | None = None
     step: int = 0
     batch_size: int = 256
+    programs: Path | None = None
 
     @property
     def stage(self) -> str:
@@ -224,8 +229,12 @@ class Run:
     ) -> Float[np.ndarray, "n 117"]:
         """Probabilities of the ages 0-116. Raises ValueError for a pre-training run."""
         views = len(self.sides) * (1 + flip)
+        step = self._probabilities_step(flip)
+        if self.programs and self.mesh.size == 1:
+            key = f"probabilities {flip} {self.config.to_json(sort_keys=True)}"
+            step = traced_once(step, folder=self.programs, key=key)
         return apply_in_batches(
-            self._probabilities_step(flip),
+            step,
             self.variables,
             images,
             batch_size=max(1, self.batch_size // views),  # so many views are in the memory at once
@@ -270,11 +279,12 @@ def load_run(
     which: str = "best",
     batch_size: int = 256,
     sides: Sequence[float] | None = None,
+    programs: Path | None = None,
 ) -> Run:
     """A trained run: its 'best' or 'latest' checkpoint or that of a step.
 
-    `sides` take the place of the run's own `eval_sides`. Raises FileNotFoundError or ValueError in
-    one line where the folder holds no such run.
+    `sides` take the place of the run's own `eval_sides`; `programs` is as in `Run`. Raises
+    FileNotFoundError or ValueError in one line where the folder holds no such run.
     """
     run_dir = Path(run_dir)
     if is_released(run_dir):
@@ -288,7 +298,7 @@ def load_run(
     if sides is not None:
         config.eval_sides = check_sides(sides)
     mesh = make_mesh()
-    return Run(config, replicate(variables, mesh), mesh, run_dir, step, batch_size)
+    return Run(config, replicate(variables, mesh), mesh, run_dir, step, batch_size, programs)
 
 
 def random_run(config: ml_collections.ConfigDict, *, batch_size: int = 256) -> Run:

@@ -449,11 +449,12 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from coatnet_jax.paths import home
     from coatnet_jax.predict import run, split_run
 
     find = None if arguments.no_detect else _detector("--no-detect takes face crops as they are")
     run_dir, inputs = split_run(arguments.paths)
-    run(run_dir, inputs, find=find, out=arguments.out)
+    run(run_dir, inputs, find=find, out=arguments.out, programs=home() / "compiled")
 
 
 def _detector(otherwise: str):

@@ -86,20 +86,22 @@ def run(
     annotate: bool = True,
     which: str = "best",
     batch_size: int = 32,
+    programs: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Predict the ages of the faces in image files and in the images of folders; a row for each.
 
     `find` gives the faces of a photo (`face_crops.Detector()`); None takes every picture whole.
     Prints a table and writes predictions.csv under `out` (default ./predictions); with `annotate`
     also annotated/*.jpg and predictions.png, a sheet of the first 24. What cannot be read or shows
-    no face is listed with the reason, in skipped.csv too. Raises FileNotFoundError for a path that
-    does not exist, ValueError when there is no row or the run has no age head.
+    no face is listed with the reason, in skipped.csv too. `programs` is as in `inference.Run`.
+    Raises FileNotFoundError for a path that does not exist, ValueError when there is no row or the
+    run has no age head.
     """
     out = Path(out) if out else Path("predictions")
     paths = find_images(inputs, recursive=recursive, out=out)
     # Few shapes, so that what was compiled for one number of pictures serves the next.
     batch_size = next((size for size in SHAPES if len(paths) <= size <= batch_size), batch_size)
-    model = load_run(Path(run_dir), which=which, batch_size=batch_size)
+    model = load_run(Path(run_dir), which=which, batch_size=batch_size, programs=programs)
     if model.stage != "finetune":
         raise ValueError(
             f"{run_dir} is a {model.stage} run without an age head; predict with a finetune run"

@@ -1,0 +1,79 @@
+"""Traced programs on disk, for a process that begins where tracing takes longer than its work.
+
+`jax.export` writes what tracing makes of a function, StableHLO without the weights. JAX's own cache
+keeps what XLA compiles, but is only asked after tracing, which for one photo is half of the time.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import export
+
+SOURCES = Path(__file__).parent
+OF_TRACING = ("jax_enable_x64", "jax_default_matmul_precision")  # settings that a trace depends on
+DIGEST = hashlib.sha256().digest_size
+_loaded: dict[Path, Callable] = {}
+
+
+def traced_once(step: Callable, *, folder: Path, key: str) -> Callable:
+    """`step`, traced only by the first process that calls it with arguments of these shapes.
+
+    `key` tells it from other steps, also by what it closes over: a program in `folder` of the same
+    key, shapes, kind of device, JAX and code of ours is taken for it unseen. What cannot be
+    exported, read or written is traced as ever. For one device.
+    """
+
+    def call(*arguments: Any) -> Any:
+        path = folder / f"{_digest(key, arguments)}.stablehlo"
+        if path not in _loaded:
+            _loaded[path] = _read(path) or _traced(step, arguments, path)
+        return _loaded[path](*arguments)
+
+    return call
+
+
+def _digest(key: str, arguments: tuple) -> str:
+    leaves, tree = jax.tree.flatten(arguments)
+    shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+    settings = [getattr(jax.config, name) for name in OF_TRACING]
+    platform = (jax.default_backend(), version("jax"), version("jaxlib"), version("flax"))
+    said = repr((key, shapes, str(tree), settings, platform, _sources()))
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of the package's code, which the trace is of."""
+    files = sorted(SOURCES.rglob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _read(path: Path) -> Callable | None:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(data[DIGEST:]).digest() != data[:DIGEST]:
+        return None
+    return jax.jit(export.deserialize(bytearray(data[DIGEST:])).call)
+
+
+def _traced(step: Callable, arguments: tuple, path: Path) -> Callable:
+    try:
+        exported = export.export(jax.jit(step))(*arguments)
+        data = bytes(exported.serialize())
+    except (ValueError, NotImplementedError):  # it calls what no other JAX could be trusted to have
+        return step
+    half = path.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):  # a full or read-only disk costs the next process time, not this one
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half.write_bytes(hashlib.sha256(data).digest() + data)
+        half.replace(path)
+    return jax.jit(exported.call)
