@@ -25,6 +25,8 @@ views() { # SIZE STORED SIZES: of the model, of the pictures they are cut from, 
     echo "--config.model.image_size=$1 --config.data.image_size=$2 --config.progressive=$3"
 }
 
+stronger="--config.model.drop_path=0.1 --config.mixup=0.1 --config.augment.erase_prob=0.25
+    --config.augment.jitter=0.3"
 longer="--config.batch_size=64 --config.optim.lr=1.2e-3 --config.data.label_noise=widen
     --config.monitor.every_epochs=2"
 lighter="$longer --config.optim.layer_decay=1 --config.model.drop_path=0.0 --config.mixup=0.0
@@ -33,9 +35,9 @@ lighter="$longer --config.optim.layer_decay=1 --config.model.drop_path=0.0 --con
 [ -e "$runs/prepared" ] || coatnet-jax prepare "$@"
 mkdir -p "$runs" && touch "$runs/prepared"
 coatnet-jax pretrain --config=pretrain:micro,cpu --workdir="$runs/pretrain"
-finetune b "$runs/pretrain" $(views 96 120 48,64,96) --config.epochs=24
+finetune b "$runs/pretrain" $(views 96 120 48,64,96) $stronger --config.epochs=24
 rounded b
-finetune c "$runs/b_released" $(views 112 136 80,96,112) $longer --config.epochs=48 \
+finetune c "$runs/b_released" $(views 112 136 80,96,112) $stronger $longer --config.epochs=48 \
     --config.optim.layer_decay=0.95
 finetune e "$runs/c" $(views 112 136 96,112) $lighter --config.epochs=40
 finetune f "$runs/e" $(views 128 152 112,128) $lighter --config.epochs=25 \
