@@ -25,6 +25,7 @@ views() { # SIZE STORED SIZES: of the model, of the pictures they are cut from, 
     echo "--config.model.image_size=$1 --config.data.image_size=$2 --config.progressive=$3"
 }
 
+# What the config asked of micro when B and C were trained; it is as `lighter` since.
 stronger="--config.model.drop_path=0.1 --config.mixup=0.1 --config.augment.erase_prob=0.25
     --config.augment.jitter=0.3"
 longer="--config.batch_size=64 --config.optim.lr=1.2e-3 --config.data.label_noise=widen
