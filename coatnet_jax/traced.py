@@ -4,9 +4,7 @@
 keeps what XLA compiles, but is only asked after tracing, which for one photo is half of the time.
 """
 
-import functools
 import hashlib
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -19,7 +17,7 @@ from jax import export
 SOURCES = Path(__file__).parent
 OF_TRACING = ("jax_enable_x64", "jax_default_matmul_precision")  # settings that a trace depends on
 DIGEST = hashlib.sha256().digest_size
-_loaded: dict[Path, Callable] = {}
+_loaded: dict[tuple, Callable] = {}
 
 
 def traced_once(step: Callable, *, folder: Path, key: str) -> Callable:
@@ -31,24 +29,24 @@ def traced_once(step: Callable, *, folder: Path, key: str) -> Callable:
     """
 
     def call(*arguments: Any) -> Any:
-        path = folder / f"{_digest(key, arguments)}.stablehlo"
-        if path not in _loaded:
-            _loaded[path] = _read(path) or _traced(step, arguments, path)
-        return _loaded[path](*arguments)
+        leaves, tree = jax.tree.flatten(arguments)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        settings = tuple(getattr(jax.config, name) for name in OF_TRACING)
+        wanted = (folder, key, shapes, tree, settings)
+        if wanted not in _loaded:  # the file's name takes longer than a look at a few shapes
+            path = folder / f"{_digest(*wanted[1:])}.stablehlo"
+            _loaded[wanted] = _read(path) or _traced(step, arguments, path)
+        return _loaded[wanted](*arguments)
 
     return call
 
 
-def _digest(key: str, arguments: tuple) -> str:
-    leaves, tree = jax.tree.flatten(arguments)
-    shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
-    settings = [getattr(jax.config, name) for name in OF_TRACING]
+def _digest(*wanted: Any) -> str:
     platform = (jax.default_backend(), version("jax"), version("jaxlib"), version("flax"))
-    said = repr((key, shapes, str(tree), settings, platform, _sources()))
+    said = repr((wanted, platform, _sources()))
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
-@functools.cache
 def _sources() -> str:
     """Digest of the package's code, which the trace is of."""
     files = sorted(SOURCES.rglob("*.py"))
@@ -71,9 +69,7 @@ def _traced(step: Callable, arguments: tuple, path: Path) -> Callable:
         data = bytes(exported.serialize())
     except (ValueError, NotImplementedError):  # it calls what no other JAX could be trusted to have
         return step
-    half = path.with_suffix(f".{os.getpid()}")
     with suppress(OSError):  # a full or read-only disk costs the next process time, not this one
         path.parent.mkdir(parents=True, exist_ok=True)
-        half.write_bytes(hashlib.sha256(data).digest() + data)
-        half.replace(path)
+        path.write_bytes(hashlib.sha256(data).digest() + data)  # half of it is no file to `_read`
     return jax.jit(exported.call)

@@ -51,7 +51,7 @@ def test_a_second_process_does_not_trace(tmp_path, another_process):
     assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".stablehlo"]
 
 
-def test_whatever_the_program_depends_on_has_its_own(tmp_path, monkeypatch):
+def test_whatever_the_program_depends_on_has_its_own(tmp_path, another_process, monkeypatch):
     steps, weights, x = Steps(), *ARGUMENTS
 
     def call(x=x, key="k"):
@@ -63,8 +63,10 @@ def test_whatever_the_program_depends_on_has_its_own(tmp_path, monkeypatch):
     call(np.ones((2, 4), "i4"))
     with jax.default_matmul_precision("highest"):
         call()
+    another_process()
     monkeypatch.setattr(traced, "version", lambda package: "0")
     call()
+    another_process()
     monkeypatch.setattr(traced, "_sources", lambda: "edited")
     call()
     assert steps.count == 7 and len(list(tmp_path.iterdir())) == 7
