@@ -127,6 +127,7 @@ def _sizes(found: Mapping[str, Any]) -> str:
     remarks = (
         ("missing", "of its rows without an image"),
         ("changed", "images other than it says"),
+        ("ambiguous", "images that fit rows of several splits"),
         ("straddling_groups", "groups in two splits"),
         ("straddling_identical_groups", "of them of identical pictures"),
     )
@@ -205,7 +206,9 @@ def _protocols(
     if layout.table:
         published = [layout.table.split_of(file) for file in images.files]
         if any(published):
-            protocols |= with_validation(images, "published", Protocol(published, {}), seed=seed)
+            several = sum(len(layout.table.splits_of(file)) > 1 for file in images.files)
+            protocol = Protocol(published, {"ambiguous": several})
+            protocols |= with_validation(images, "published", protocol, seed=seed)
     given = given_protocols(images, splits, seed=seed)
     if taken := sorted(protocols.keys() & given.keys()):
         raise ValueError(f"the splits {', '.join(taken)} are made here: give yours another name")

@@ -4,6 +4,7 @@ Nothing is ever unpacked to disk, so a hostile path in an archive can do no harm
 skipped. Every file met is either yielded or reported to `on_skip`, so that counts always add up.
 """
 
+import contextlib
 import glob
 import io
 import lzma
@@ -114,13 +115,15 @@ def list_files(source: Source, *, limit: int = 2000) -> tuple[list[str], int]:
 
 
 def read_tables(source: Source) -> dict[str, bytes]:
-    """Returns {relative path: content} of the CSV files in `source`, of those up to 256 MiB."""
+    """Returns {relative path: content} of the CSV files in `source`, of those up to 256 MiB that
+    are not packed too tightly."""
     paths, tables = resolve_source(source), {}
     for path in paths:
         for relative, name, size, read in _entries(path, len(paths) > 1):
             if name.lower().endswith(".csv") and not _is_mac(name) and size:
                 if size <= MAX_FILE_BYTES:
-                    tables[relative] = read()
+                    with contextlib.suppress(_Bomb):
+                        tables[relative] = read()
     return tables
 
 
@@ -199,9 +202,14 @@ def _expand(name: str) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Yields the files under `folder` in sorted order; a linked folder is entered once."""
+    """Yields the files under `folder` in sorted order; a linked folder is entered once. Raises
+    OSError where a folder cannot be read: its files would be missing from every count."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()

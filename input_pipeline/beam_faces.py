@@ -78,7 +78,7 @@ def _keep_first(named: tuple[str, Iterable]) -> Iterator:
     name, found = named
     copies = Copies(name)
     for _, path, label, picture in sorted(found, key=lambda entry: entry[0]):
-        placed = copies.place(path, picture.pixel_hash)
+        placed = copies.place(path, picture.pixel_hash, label)
         if placed.first:
             reason = f"duplicate file name (first at {placed.first})"
             yield beam.pvalue.TaggedOutput("skip", (path, reason))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 from tensorflow_datasets.core import shuffle as tfds_shuffle
 
 from input_pipeline.archive import OnSkip, Source
@@ -28,7 +27,7 @@ class FaceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     HOMEPAGE = DESCRIPTION = CITATION = ""
 
     # TFDS would look this up with importlib_resources, which it uses but does not depend on.
-    code_path = epath.Path(__file__)
+    code_path = tfds.core.Path(__file__)
 
     def __init__(
         self,

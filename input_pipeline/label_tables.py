@@ -67,20 +67,34 @@ class LabelTable:
             raise ValueError(labels[0])
         return labels[0]
 
+    def short_name(self, path: str) -> str:
+        """Returns the name under which a picture is listed: the whole path where the table has its
+        name in several folders, whose rows could not be told apart without them."""
+        rows = self._of_name(path)
+        return path if any(row.path != rows[0].path for row in rows) else bare_name(path)
+
     def split_of(self, path: str) -> str:
-        """Returns the split that the table names for a picture, or ''."""
-        return next((row.split for row in self._find(path) if row.split), "")
+        """Returns the split that the table names for a picture, or '' for none or several."""
+        found = self.splits_of(path)
+        return found.pop() if len(found) == 1 else ""
+
+    def splits_of(self, path: str) -> set[str]:
+        """Returns the splits that rows of a picture name, of rows that disagree all."""
+        return {row.split for row in self._find(path)} - {""}
 
     def without_picture(self, paths: Iterable[str]) -> list[str]:
-        """Returns the paths of rows for which there is no picture of that name."""
-        names = {bare_name(path).removesuffix(_CROP if self._crops else "") for path in paths}
-        return [row.path for name, rows in self._rows.items() if name not in names for row in rows]
+        """Returns the paths of rows to which none of these pictures belongs."""
+        found = {row.path for path in paths for row in self._find(path)}
+        return [row.path for rows in self._rows.values() for row in rows if row.path not in found]
 
     def _find(self, path: str) -> list[_Row]:
+        rows = self._of_name(path)
         if self._crops:
             path = path.removesuffix(_CROP)
-        rows = self._rows.get(bare_name(path), [])
         return [row for row in rows if _is_end(row.path, path) or _is_end(path, row.path)]
+
+    def _of_name(self, path: str) -> list[_Row]:
+        return self._rows.get(bare_name(path).removesuffix(_CROP if self._crops else ""), [])
 
 
 def read_label_tables(
@@ -101,13 +115,16 @@ def read_label_tables(
     rows, unknown = [], Counter()
     for name, content in tables.items():
         reader = _reader(content)
-        columns = _columns(name, reader.fieldnames or (), age_column)
         split = bare_name(name).removesuffix(".csv").split("_")[-1] if splits_by_name else ""
         before = len(rows)
         try:
+            columns = _columns(name, reader.fieldnames or (), age_column)
             rows += [_row(row, columns, unknown, split) for row in reader if any(row.values())]
         except csv.Error as error:
-            raise ValueError(f"label table {name} line {reader.line_num}: {error}") from error
+            raise ValueError(
+                f"label table {name} cannot be read after line {reader.line_num} ({error}): is a "
+                "quote left open?"
+            ) from error
         if len(rows) == before:
             raise ValueError(f"label table {name} has no rows")
     return LabelTable(rows, unknown=unknown, crops=crops)

@@ -150,7 +150,7 @@ def _only(source: Source, names: Sequence[str], fits: list[_Fit]) -> Layout:
 def _table_layout(tables: Mapping[str, bytes], age_column: str) -> Layout:
     table = read_label_tables(tables, age_column=age_column)
     shown = ", ".join(bare_name(path) for path in tables)
-    return Layout("csv", f"the label table {shown}", table, table=table)
+    return Layout("csv", f"the label table {shown}", table, table.short_name, table)
 
 
 def _appa_real(source: Source, tables: Mapping[str, bytes]) -> Layout:
@@ -162,7 +162,8 @@ def _appa_real(source: Source, tables: Mapping[str, bytes]) -> Layout:
     crops = any(name.endswith("_face.jpg") for name in names)
     table = read_label_tables(found, crops=crops, splits_by_name=True)
     what = "face crops" if crops else "photos"
-    return Layout("appa_real", f"APPA-REAL's tables (real ages) and {what}", table, table=table)
+    about = f"APPA-REAL's tables (real ages) and {what}"
+    return Layout("appa_real", about, table, table.short_name, table)
 
 
 def _tables_within(source: Source) -> dict[str, bytes]:

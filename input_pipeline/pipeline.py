@@ -10,10 +10,10 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,7 @@ class Faces:
 
     labels: age, gender, race int32 [n], file, identity, pixel_hash str [n], and `ages` int32 [n, k]
     where all ages of a photo's copies are to count (`label_noise.settle_conflicts`). records
-    int64 [n]: the record of each row. fingerprint: of the whole split file. missing: how many files
-    of the split file are not in the folder, or are other pictures there. pixels: uint8
+    int64 [n]: the record of each row. fingerprint: of the whole split file. pixels: uint8
     [n, size, size, 3] where `decode_once` has kept them, or None. files: the image file of each
     row, where they are held.
     """
@@ -54,7 +53,6 @@ class Faces:
     labels: dict[str, np.ndarray]
     records: np.ndarray
     fingerprint: str
-    missing: int = 0
     pixels: np.ndarray | None = None
     files: list[memoryview] | None = None
 
@@ -108,8 +106,8 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
     (`train+validation`), and `all` is every one in the split file.
 
     `splits` names a file in `folder/splits`, or is the path of a CSV with the columns file and
-    split. Raises FileNotFoundError or ValueError where the folder, the split file or the split is
-    unknown, or the split is empty.
+    split; one line says how much of it cannot be used. Raises FileNotFoundError or ValueError where
+    the folder, the split file or the split is unknown, or the split is empty.
     """
     folder = Path(folder)
     table = read_labels(folder)
@@ -132,6 +130,7 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
     chosen = [row for row, name in zip(rows, names, strict=True) if name in wanted]
     if not chosen:
         raise ValueError(f"split {split} is empty: none of its files is in {folder}")
+    _tell_gaps(path, folder, counts)
     numbers = {name: np.array(table[name], np.int32)[chosen] for name in ("age", "gender", "race")}
     text = {name: np.array(table[name])[chosen] for name in ("file", "identity", "pixel_hash")}
     return Faces(
@@ -144,8 +143,26 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
             names,
             transform_id=read_transform_id(folder),
         ),
-        missing=counts["missing"] + counts["changed"],
     )
+
+
+def _tell_gaps(path: Path, folder: Path, counts: Mapping[str, int]) -> None:
+    """Prints how much of a split file is not used, for scores would be those of the rest."""
+    gaps = []
+    if gone := counts["missing"] + counts["changed"]:
+        gaps.append(
+            f"{gone:,} of its {counts['rows']:,} files not found in {folder}, or with other pixels"
+        )
+    if several := counts["ambiguous"]:
+        gaps.append(f"{several:,} images that fit rows of several splits are in none")
+    if gaps:
+        _print_once(f"{path}: {'; '.join(gaps)}")
+
+
+@cache
+def _print_once(line: str) -> None:
+    """Every split of a file is opened in turn, and would say the same."""
+    print(line, flush=True)
 
 
 def evenly_spread(length: int, count: int) -> np.ndarray:

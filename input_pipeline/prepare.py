@@ -9,6 +9,7 @@ root/name/rows_without_image.csv  where a label table has such rows
 root/name/prepare.json            counts, fingerprints, versions
 """
 
+import csv
 import hashlib
 import importlib.util
 import json
@@ -33,6 +34,7 @@ from input_pipeline.folder.folder_dataset_builder import Builder as FolderBuilde
 from input_pipeline.layouts import find_layout
 from input_pipeline.prepared import read_labels, read_transform_id, records_folder
 from input_pipeline.scan import Reading, Transform
+from input_pipeline.splits import copy_without
 from input_pipeline.utkface.utkface_dataset_builder import Builder as UTKFaceBuilder
 
 __all__ = ["prepare", "read_labels", "read_transform_id", "records_folder", "summary"]
@@ -123,7 +125,8 @@ def prepare(
         info |= {"source_id": source_id, "versions": _versions()}
         info["bytes"] = _sizes(partial, info["protocols"])
         (partial / "prepare.json").write_text(json.dumps(info, indent=2) + "\n")
-        _put_in_place(partial, folder, info["protocols"])
+        _keep_other_splits(folder, partial, info["protocols"], progress)
+        _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     progress(summary(info))
@@ -340,13 +343,34 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _put_in_place(partial: Path, folder: Path, protocols: Mapping[str, Any]) -> None:
-    """Renames the finished folder into place; split files added to the old one move over."""
+def _keep_other_splits(
+    folder: Path, partial: Path, protocols: Mapping[str, Any], progress: Progress
+) -> None:
+    """Copies split files that were added to the old folder, without the pictures dropped now."""
+    added = [path for path in (folder / "splits").glob("*.csv") if path.stem not in protocols]
+    labels, dropped = read_labels(partial), _dropped(partial)
+    shorter = [
+        f"splits/{path.name}"
+        for path in sorted(added)
+        if copy_without(
+            path, partial / "splits" / path.name, dropped, labels["file"], labels["pixel_hash"]
+        )
+    ]
+    if shorter:
+        progress(
+            f"pictures dropped for their conflicting ages were left out of {', '.join(shorter)} too"
+        )
+
+
+def _dropped(folder: Path) -> set[str]:
+    with (folder / "conflicts.csv").open(newline="", encoding="utf-8") as lines:
+        return {row["file"] for row in csv.DictReader(lines) if row["kept"] == "dropped"}
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Renames the finished folder into place."""
     old = partial.with_name(partial.name + "-old")
     if folder.exists():
-        for extra in (folder / "splits").glob("*.csv"):
-            if extra.stem not in protocols:
-                shutil.copy2(extra, partial / "splits" / extra.name)
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

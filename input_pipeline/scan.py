@@ -48,9 +48,9 @@ def iter_faces(source: Source, *, reading: Reading, on_skip: OnSkip) -> Iterator
     pixel_hash, perceptual_hash, height, width. Whatever is not yielded goes to
     `on_skip(path, reason)`.
 
-    `file` is the name without folders; a name met again with the same pixels is skipped, and with
-    other pixels is kept under its whole path. A transform runs in processes of its own. Raises
-    ValueError as `archive.iter_images` does.
+    `file` is the name without folders, unless `reading` says otherwise; a name met again with the
+    same pixels and labels is skipped, and with others is kept under its whole path. A transform
+    runs in processes of its own. Raises ValueError as `archive.iter_images` does.
     """
     copies: dict[str, Copies] = {}
     jobs = _readable(source, reading, on_skip)
@@ -61,7 +61,7 @@ def iter_faces(source: Source, *, reading: Reading, on_skip: OnSkip) -> Iterator
                 on_skip(path, str(picture))
                 continue
             name = reading.short_name(path)
-            found = copies.setdefault(name, Copies(name)).place(path, picture.pixel_hash)
+            found = copies.setdefault(name, Copies(name)).place(path, picture.pixel_hash, label)
             if found.first:
                 on_skip(path, f"duplicate file name (first at {found.first})")
                 continue
@@ -71,7 +71,9 @@ def iter_faces(source: Source, *, reading: Reading, on_skip: OnSkip) -> Iterator
 class Copies:
     """The files of one name, in order: the first of each picture is kept, under a name of its own.
 
-    The second picture of a name is listed under its whole path, but for what `name` leaves out.
+    The second picture of a name is listed under its whole path, but for what `name` leaves out, and
+    others of that very path with a number. A picture that comes again with other labels is kept as
+    well: it is a conflict, not a copy to do without.
     """
 
     class Placed(NamedTuple):
@@ -79,18 +81,22 @@ class Copies:
         first: str  # or where the same picture was met before
 
     def __init__(self, name: str):
-        self._name, self._first = name, {}  # pixel hash -> path
+        self._name, self._files = name, set()
+        self._first: dict[tuple[str, FaceLabel], str] = {}  # (pixel hash, label) -> path
 
-    def place(self, path: str, key: str) -> "Copies.Placed":
-        """Returns the name of a file with these pixels, or where its copy is."""
+    def place(self, path: str, pixel_hash: str, label: FaceLabel) -> "Copies.Placed":
+        """Returns the name of a file with these pixels and labels, or where its copy is."""
+        key = (pixel_hash, label)
         if key in self._first:
             return self.Placed("", self._first[key])
         file = self._name
         if self._first:
-            file = path[: len(path) - len(bare_name(path))] + self._name
-            if file == self._name or path in self._first.values():  # one path twice in an archive
+            file = path[: len(path) - len(bare_name(path))] + bare_name(self._name)
+            # Archives may hold one path twice, and public names are equal for several people.
+            if file in self._files or path in self._first.values():
                 file += f"#{len(self._first)}"
         self._first[key] = path
+        self._files.add(file)
         return self.Placed(file, "")
 
 
@@ -108,15 +114,16 @@ def example(file: str, label: FaceLabel, picture: Picture) -> dict[str, Any]:
 
 
 def _readable(source: Source, reading: Reading, on_skip: OnSkip):
-    """Yields (path, bytes, label) of files whose path tells an age and whose bytes are new."""
-    seen: dict[tuple[str, bytes], str] = {}
+    """Yields (path, bytes, label) of files whose path tells an age and whose bytes are new, or have
+    another label than before."""
+    seen: dict[tuple[str, bytes, FaceLabel], str] = {}
     for path, data in iter_images(source, on_skip=on_skip):
         try:
             label = reading.read_label(path)
         except ValueError as error:
             on_skip(path, str(error))
             continue
-        key = (reading.short_name(path), hashlib.sha256(data).digest())
+        key = (reading.short_name(path), hashlib.sha256(data).digest(), label)
         first = seen.setdefault(key, path)
         if first is not path:
             on_skip(path, f"duplicate file name (first at {first})")

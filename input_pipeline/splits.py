@@ -7,8 +7,9 @@ ages; a random split by file would put copies of test faces into the training se
 import csv
 import hashlib
 import io
+import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,8 +98,8 @@ class SplitRow(NamedTuple):
 def read_splits(path: str | Path) -> dict[str, SplitRow]:
     """Returns {file: row} from a CSV with at least the columns `file` and `split`.
 
-    Raises FileNotFoundError, or ValueError on missing columns, an empty split name, no rows, or a
-    file that lies in two splits.
+    Raises FileNotFoundError, or ValueError on missing columns, an empty split name, no rows, a file
+    that lies in two splits, or a table that is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -108,8 +109,8 @@ def read_splits(path: str | Path) -> dict[str, SplitRow]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}): save it as such") from None
-    with io.StringIO(text, newline="") as lines:
-        reader = csv.DictReader(lines)
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
         missing = {"file", "split"} - set(reader.fieldnames or ())
         if missing:
             raise ValueError(
@@ -124,6 +125,10 @@ def read_splits(path: str | Path) -> dict[str, SplitRow]:
             if found.split != split:
                 name = public_name(file)
                 raise ValueError(f"{path}: {name} is in {found.split} and in {split}")
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} cannot be read after line {reader.line_num} ({error}): is a quote left open?"
+        ) from None
     if not result:
         raise ValueError(f"{path} has no rows")
     return result
@@ -136,18 +141,54 @@ def match_splits(
 
     Names are compared with their folders, else without them, else without the person's name; a
     pixel hash in a row must be the image's. The counts: rows; missing (no such file here); changed
-    (another picture under that name).
+    (another picture under that name); ambiguous (images that fit rows of several splits, and so are
+    in none).
     """
+    splits, used, changed, ambiguous = [], set(), 0, 0
+    for names, right in _rows_of_images(files, hashes, rows):
+        found = {rows[name].split for name in right}
+        changed += bool(names) and not right
+        ambiguous += len(found) > 1
+        used |= names
+        splits.append(found.pop() if len(found) == 1 else "")
+    counts = {"rows": len(rows), "missing": len(rows) - len(used), "changed": changed}
+    return splits, counts | {"ambiguous": ambiguous}
+
+
+def copy_without(
+    path: Path, target: Path, left_out: Set[str], files: Sequence[str], hashes: Sequence[str]
+) -> bool:
+    """Copies a split file without the rows of the images `left_out`, which are some of `files`;
+    returns whether there were any. A file that is none of splits is copied as it is."""
+    gone, kept = set(), set()
+    try:
+        rows = read_splits(path)
+    except ValueError:
+        rows = {}
+    for file, (_, right) in zip(files, _rows_of_images(files, hashes, rows), strict=True):
+        (gone if file in left_out else kept).update(right)
+    gone -= kept
+    if not gone:
+        shutil.copy2(path, target)
+        return False
+    with path.open(newline="", encoding="utf-8-sig") as lines:
+        header, *table = csv.reader(lines)
+    column = header.index("file")
+    with target.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(row for row in table if row and row[column] not in gone)
+    return True
+
+
+def _rows_of_images(
+    files: Sequence[str], hashes: Sequence[str], rows: Mapping[str, SplitRow]
+) -> Iterator[tuple[set[str], set[str]]]:
+    """Yields for every image the rows of its name, and those of them that mean its picture."""
     by_name: dict[str, set[str]] = defaultdict(set)
     for file in rows:
         for name in {bare_name(file), public_name(file)}:
             by_name[name].add(file)
-    splits, used, changed = [], set(), 0
     for file, key in zip(files, hashes, strict=True):
         names = {file} if file in rows else by_name.get(file, set())
-        right = {name for name in names if rows[name].pixel_hash in ("", key)}
-        found = {rows[name].split for name in right}
-        changed += bool(names) and not right
-        used |= names
-        splits.append(found.pop() if len(found) == 1 else "")
-    return splits, {"rows": len(rows), "missing": len(rows) - len(used), "changed": changed}
+        yield names, {name for name in names if rows[name].pixel_hash in ("", key)}

@@ -1,6 +1,7 @@
 """Folders, zips and tars give the same files; what cannot be read is counted, or refused."""
 
 import io
+import os
 import tarfile
 import zipfile
 
@@ -128,6 +129,19 @@ def test_link_to_nothing_is_listed_and_the_rest_goes_on(tmp_path):
     assert [row[0] for row in describe(source)] == ["a.jpg", "b.jpg"]
 
 
+def test_folder_that_cannot_be_read_is_no_empty_folder(tmp_path, monkeypatch):
+    source, scandir = write_folder(tmp_path / "source"), os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("UTKFace"):  # chmod would not stop root
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="UTKFace"):
+        read(source)
+
+
 def test_name_that_is_no_utf8_can_be_written(tmp_path):
     path = tmp_path / "old.tar"
     with tarfile.open(path, "w", encoding="latin-1") as archive:
@@ -226,6 +240,9 @@ def test_file_packed_too_tightly_is_skipped(tmp_path):
     images, skipped = read(path)
     assert list(images) == ["small.jpg", "a.jpg"]
     assert skipped["bomb.jpg"].startswith("packed more tightly than a picture can be (")
+    files = {"bomb.csv": b",\n" * (1 << 20), "a.csv": b"file,age"}
+    write_zip(path, files, compression=zipfile.ZIP_DEFLATED)
+    assert read_tables(path) == {"a.csv": b"file,age"}
 
 
 def test_file_larger_than_it_says_is_refused(tmp_path):

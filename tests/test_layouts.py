@@ -1,5 +1,6 @@
 """Layouts of the usual sets: what their names say, which one a source has, and label tables."""
 
+import pickle
 import zipfile
 
 import pytest
@@ -197,7 +198,23 @@ def test_paths_match_from_their_ends_folder_by_folder():
     for path, reason in (("x.jpg", "two things"), ("c/x.jpg", "not in"), ("ay.jpg", "not in")):
         with pytest.raises(ValueError, match=reason):
             found(path)
-    assert found.without_picture(["a/x.jpg"]) == ["y.jpg"]
+    assert found.without_picture(["a/x.jpg"]) == ["/home/me/set/b/x.jpg", "y.jpg"]
+    assert found.without_picture(["a/x.jpg", "c/x.jpg", "b/x.jpg", "in/y.jpg"]) == []
+
+
+def test_pictures_whose_names_repeat_in_a_table_are_listed_with_their_folders():
+    text = "file,age,split\ntrain/1.jpg,20,train\ntest/1.jpg,30,test\ntrain/2.jpg,40,train\n"
+    found = pickle.loads(pickle.dumps(table(text).short_name))  # it travels to Beam's workers
+    assert [found(f"set/{path}") for path in ("train/1.jpg", "test/1.jpg", "train/2.jpg")] == [
+        "set/train/1.jpg",
+        "set/test/1.jpg",
+        "2.jpg",
+    ]
+
+
+def test_picture_with_rows_of_two_splits_is_in_none():
+    found = table("file,age,split\na.jpg,20,train\na.jpg,20,test\nb.jpg,3,\nb.jpg,3,test\n")
+    assert [found.split_of(path) for path in ("a.jpg", "b.jpg")] == ["", "test"]
 
 
 def test_age_column_can_be_chosen():
@@ -214,6 +231,7 @@ def test_age_column_can_be_chosen():
         ("", {}, "has the columns \\(none\\)"),
         ("file,age\n", {}, "has no rows"),
         ("file,age\na.jpg,3\n", {"age_column": "guess"}, "needs guess"),
+        (f'file,age,"{"b" * 200_000}', {}, "t.csv cannot be read after line 0 .* is a quote"),
     ],
 )
 def test_unusable_table_raises_with_the_reason(text, options, reason):

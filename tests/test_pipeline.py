@@ -287,14 +287,18 @@ def test_evaluation_sees_every_row_once_in_order_and_pads_the_end(faces, process
         assert (np.concatenate([batch[name] for batch in rows])[n:] == padding).all()
 
 
-def test_external_split_file_is_joined_by_name(folder, tmp_path):
+def test_external_split_file_is_joined_by_name(folder, tmp_path, capsys):
     everything = open_split(folder, "train+validation+test").labels["file"]
     path = tmp_path / "protocol.csv"
     lines = [f"UTKFace/{file},{'a' if i < 10 else 'b'}" for i, file in enumerate(everything[:30])]
-    path.write_text("\n".join(["file,split", *lines, "1_0_0_20200101000000000.jpg,b"]))
+    lines += ["1_0_0_20200101000000000.jpg,b", *(f"{s}/{everything[30]},{s}" for s in "ab")]
+    path.write_text("\n".join(["file,split", *lines]))
     part = open_split(folder, "a", splits=path)
     assert sorted(part.labels["file"]) == sorted(everything[:10])
-    assert part.missing == 1
+    said = f"{path}: 1 of its 33 files not found in {folder}, or with other pixels; 1 images that "
+    assert capsys.readouterr().out == f"{said}fit rows of several splits are in none\n"
+    open_split(folder, "b", splits=path)
+    assert not capsys.readouterr().out  # said once
     assert part.fingerprint != open_split(folder, "train").fingerprint
     (folder / "splits" / "mine.csv").write_text(path.read_text())
     assert open_split(folder, "a", splits="mine").fingerprint == part.fingerprint

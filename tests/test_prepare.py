@@ -188,6 +188,91 @@ def test_crop_and_the_photo_it_was_cut_from_stay_together(tmp_path):
             assert where[crop] == where[crop.replace(".chip.jpg", "")]
 
 
+def by_file(folder):
+    labels = read_labels(folder)
+    return dict(zip(labels["file"], labels["age"], strict=True))
+
+
+def test_published_splits_hold_where_names_repeat_in_other_folders(tmp_path):
+    rows = [(f"{part}/{i}.jpg", part) for part in ("train", "test") for i in range(1, 6)]
+    files = {f"set/{path}": jpeg(k) for k, (path, _) in enumerate(rows)}
+    table = "".join(f"{path},{20 + k},{part}\n" for k, (path, part) in enumerate(rows))
+    source = write_zip(tmp_path / "a.zip", files | {"set/labels.csv": f"file,age,split\n{table}"})
+    info = prepare(source, tmp_path, name="own", progress=None)
+    assert info["protocols"]["published"]["splits"] == {"train": 5, "test": 5}
+    where = read_splits(tmp_path / "own" / "splits" / "published.csv")
+    assert {file: row.split for file, row in where.items()} == {f"set/{f}": p for f, p in rows}
+    assert by_file(tmp_path / "own") == {f"set/{f}": 20 + k for k, (f, _) in enumerate(rows)}
+
+
+def test_rows_of_a_missing_folder_and_of_two_splits_are_counted(tmp_path):
+    rows = [f"a/{i}.jpg,{20 + i},train\n" for i in range(5)] + ["b/1.jpg,30,\n", "a/0.jpg,20,test"]
+    files = {f"a/{i}.jpg": jpeg(i) for i in range(5)}
+    source = write_zip(tmp_path / "a.zip", files | {"t.csv": "file,age,split\n" + "".join(rows)})
+    info = prepare(source, tmp_path, name="own", progress=None)
+    without = (tmp_path / "own" / "rows_without_image.csv").read_text()
+    assert without == "file\nb/1.jpg\n" and info["rows_without_image"] == 1
+    assert info["protocols"]["published"]["splits"] == {"train": 4}
+    assert info["protocols"]["published"]["ambiguous"] == 1
+
+
+def test_copies_of_one_name_with_other_ages_are_conflicts(tmp_path):
+    files = {f"0{i + 10}/{i}.jpg": jpeg(i) for i in range(5)}
+    files |= {"025/x.jpg": jpeg(9), "060/x.jpg": jpeg(9), "061/x.jpg": with_comment(jpeg(9))}
+    files |= {"025/again/x.jpg": jpeg(9)}
+    info = prepare(write_folder(tmp_path / "in", files), tmp_path, name="own", progress=None)
+    assert info["kept"] == 8 and info["skipped"] == {"duplicate file name": 1}
+    ages = by_file(tmp_path / "own")
+    assert {f: ages[f] for f in ages if "x" in f} == {"x.jpg": 25, "060/x.jpg": 60, "061/x.jpg": 61}
+    with (tmp_path / "own" / "conflicts.csv").open() as lines:
+        conflicts = [(row["group"], row["file"]) for row in csv.DictReader(lines)]
+    assert sorted(conflicts) == [("0", "060/x.jpg"), ("0", "061/x.jpg"), ("0", "x.jpg")]
+    assert info["conflicting_age_groups"] == 1 and info["straddling_groups"] == 0
+
+
+def test_any_number_of_pictures_may_have_one_public_name(tmp_path):
+    people = ("Ann", "Bea", "Cleo", "Dora")
+    files = {f"AgeDB/0_{who}_25_f.jpg": jpeg(i) for i, who in enumerate(people)}
+    info = prepare(write_zip(tmp_path / "a.zip", files), tmp_path, progress=None)
+    assert info["kept"] == info["identities"] == 4
+    names = ["0_25_f.jpg", "AgeDB/0_25_f.jpg", "AgeDB/0_25_f.jpg#2", "AgeDB/0_25_f.jpg#3"]
+    assert sorted(by_file(tmp_path / "agedb")) == names
+
+
+def test_given_split_that_fits_a_picture_twice_is_counted_and_shown(tmp_path):
+    files = {f"{i + 10}/{i}.jpg": jpeg(i) for i in range(5)}
+    rows = ["a/0.jpg,train", "b/0.jpg,test", *(f"{i}.jpg,train" for i in range(1, 5))]
+    (tmp_path / "s.csv").write_text("\n".join(["file,split", *rows]))
+    source = write_folder(tmp_path / "in", files)
+    info = prepare(
+        source, tmp_path, name="own", splits={"theirs": tmp_path / "s.csv"}, progress=None
+    )
+    assert info["protocols"]["theirs"]["ambiguous"] == 1
+    assert "train 4; 1 images that fit rows of several splits" in summary(info)
+
+
+def test_dropped_pictures_leave_the_splits_that_were_there_before(tmp_path):
+    files = faces(12) | {f"UTKFace/{name(70, 0, 0, 900)}": with_comment(jpeg(0))}
+    source, lines = write_zip(tmp_path / "faces.zip", files), []
+    quiet(source, tmp_path)
+    folder = tmp_path / "utkface" / "splits"
+    bare = [path.removeprefix("UTKFace/") for path in files]
+    mine = ["split,file,why", *(f"train,{path},x" for path in files), "test,gone.jpg,x"]
+    (folder / "mine.csv").write_text("\n".join(mine) + "\n")
+    (folder / "other.csv").write_text(f"file,split\n{bare[3]},test\n")
+    (folder / "broken.csv").write_text("file,split\n")
+    info = prepare(source, tmp_path, name="utkface", drop_conflicts=10, progress=lines.append)
+    assert info["dropped"] == 2
+    kept = [line for line in mine if bare[0] not in line and bare[12] not in line]
+    assert (folder / "mine.csv").read_text() == "\n".join(kept) + "\n" and len(kept) == 13
+    assert (folder / "other.csv").read_text() == f"file,split\n{bare[3]},test\n"
+    assert (folder / "broken.csv").read_text() == "file,split\n"
+    (said,) = [line for line in lines if "mine.csv" in line]
+    assert (
+        said == "pictures dropped for their conflicting ages were left out of splits/mine.csv too"
+    )
+
+
 def test_summary_names_every_count(kaggle):
     _, _, info = kaggle
     table = summary(info)

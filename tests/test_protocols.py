@@ -69,7 +69,7 @@ def test_written_split_given_back_is_the_same(images, tmp_path):
     account = write_protocol(path, images, first, transform_id="crop")
     again = given_protocols(images, {"again": path})
     assert list(again) == ["again"] and again["again"].splits == first.splits
-    assert again["again"].counts == {"rows": 400, "missing": 0, "changed": 0}
+    assert again["again"].counts == {"rows": 400, "missing": 0, "changed": 0, "ambiguous": 0}
     other = write_protocol(tmp_path / "b.csv", images, again["again"], transform_id="crop")
     assert other["fingerprint"] == account["fingerprint"]
     assert (tmp_path / "b.csv").read_bytes() == path.read_bytes()

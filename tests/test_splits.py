@@ -106,7 +106,7 @@ def test_rows_are_matched_by_name_and_checked_by_hash():
     files = ["here.jpg", "bare.jpg", "changed.jpg", "12_40_f.jpg", "twice.jpg", "b/twice.jpg", "x"]
     splits, counts = match_splits(files, ["h0", "h1", "h2", "h3", "h4", "h5", "h6"], rows)
     assert splits == ["train", "test", "", "train", "", "test", ""]
-    assert counts == {"rows": 7, "missing": 1, "changed": 1}
+    assert counts == {"rows": 7, "missing": 1, "changed": 1, "ambiguous": 1}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,11 @@ def test_rows_are_matched_by_name_and_checked_by_hash():
         ("file,split\na.jpg,\n", "line 2: file or split is empty"),
         ("file,split\na.jpg,train\na.jpg,test\n", "a.jpg is in train and in test"),
         ("file,split\ncaf\xe9.jpg,train\n", "not text in UTF-8"),
+        (
+            f'file,split\na.jpg,train\n"{"b" * 200_000}',
+            "after line 2 \\(field larger .* is a quote left",
+        ),
+        (f'"file,split\n{"b" * 200_000}', "after line 0 \\(field larger"),
     ],
 )
 def test_bad_split_file_raises_with_the_reason(tmp_path, content, reason):
