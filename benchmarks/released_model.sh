@@ -18,7 +18,8 @@ finetune() { # NAME INIT_FROM FLAGS…
 }
 
 rounded() { # NAME: handed on as `release` rounds it, to bfloat16
-    [ -e "$runs/$1_released" ] || coatnet-jax release "$runs/$1" --out="$runs/$1_released"
+    [ -e "$runs/$1_released/MODEL_CARD.md" ] ||
+        coatnet-jax release "$runs/$1" --out="$runs/$1_released"
 }
 
 views() { # SIZE STORED SIZES: of the model, of the pictures they are cut from, of the views in turn

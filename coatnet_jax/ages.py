@@ -17,8 +17,8 @@ N_AGES = 117  # ages 0-116, the range of UTKFace
 CLASS_NAMES = ("<18", "18-40", "41-60", ">60")
 CLASS_STARTS = (18, 41, 61)  # the first age of every class after the first
 
-# Keeps the median strictly inside its year, so that rounding can never carry it into the next.
-_INSIDE = 1e-4
+# Keeps the median so far inside its year that two decimals can never carry it into the next.
+_INSIDE = 0.01
 
 
 def _numpy_or_jax(array):

@@ -7,6 +7,7 @@ needs the optimizer to be known.
 """
 
 import logging
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ def best_step(run_dir: Path) -> int | None:
     return step
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run has saved one: the folder of them is made before its first step."""
+    return any(path.name.isdigit() for path in (Path(run_dir) / FOLDER).glob("*"))
+
+
 def check_unused(folder: Path, *, flag: str) -> None:
     """Raise ValueError where `folder` holds a run or a released model, which must not be mixed
     with another; `flag` is the one that named it."""
@@ -178,25 +184,29 @@ def load_variables(run_dir: Path, *, which: str = "best") -> tuple[dict[str, Any
     return variables, step
 
 
-def load_backbone(run_dir: Path, variables: dict[str, Any]) -> dict[str, Any]:
-    """`variables` with the backbone's parameters and statistics taken from another run.
+def load_backbone(
+    run_dir: Path, variables: dict[str, Any], *, head: bool = False
+) -> dict[str, Any]:
+    """`variables` with the backbone's parameters and statistics taken from another run, with
+    `head` its head's too.
 
     Strict: every name and shape must agree, but for tables of positions, which are
     interpolated to another image size. Raises ValueError naming both sides where they differ.
     """
     loaded, step = load_variables(run_dir)
-    merged = {}
-    for kind in ("params", "batch_stats"):
-        # A backbone without BatchNorm has no statistics.
-        source, like = (tree.get(kind, {}).get("backbone", {}) for tree in (loaded, variables))
+    merged = {kind: dict(variables[kind]) for kind in ("params", "batch_stats")}
+    for kind, part in product(merged, ("backbone", "head") if head else ("backbone",)):
+        # A backbone without BatchNorm and a head have no statistics.
+        source, like = (tree.get(kind, {}).get(part, {}) for tree in (loaded, variables))
         if kind == "params" and not source:
-            raise ValueError(f"{run_dir} (step {step}) has no backbone in its {kind}")
+            raise ValueError(f"{run_dir} (step {step}) has no {part} in its {kind}")
         names = {"saved_name": str(run_dir), "model_name": "this model"}
-        _check_same(source, like, resizable=tuple(RESIZABLE), **names)
+        _check_same({part: source}, {part: like}, resizable=tuple(RESIZABLE), **names)
         for adapt in RESIZABLE.values():
             source = adapt(source, like)
-        _check_same(source, like, **names)
-        merged[kind] = {**variables[kind], "backbone": source} if source else variables[kind]
+        _check_same({part: source}, {part: like}, **names)
+        if source:
+            merged[kind][part] = source
     return merged
 
 

@@ -26,12 +26,14 @@ from coatnet_jax.pages import (
     write_json,
     write_report,
 )
-from coatnet_jax.stage import FREE_KEYS
+from coatnet_jax.stage import FREE_KEYS, LATER_KEYS
 from coatnet_jax.terms import data_terms
 
 MEASURES = ("mae", "accuracy", "balanced_accuracy", "cs5", "bias")
 # What older configs do not hold, and what it was before it could be chosen.
 OLDER = {"model.mean": [0.485, 0.456, 0.406], "model.std": [0.229, 0.224, 0.225]}
+OLDER |= {key: list(v) if isinstance(v, tuple) else v for key, v in LATER_KEYS.items()}
+HOW = ("which", "flip", "sides", "decode")  # an evaluation was made
 WANTED = ("data_name", "step", "images", "conformal", *MEASURES)  # of metrics.json
 
 
@@ -119,6 +121,7 @@ def read_run(path: Path, evaluation: str, *, name: str = "") -> Evaluated:
         (row["file"], row["pixel_hash"]): (int(row["age"]), float(row["predicted"])) for row in rows
     }
     config = OLDER | flat(read_json(path / "config.json"))
+    config |= {f"evaluate.{key}": metrics[key] for key in HOW if key in metrics}
     if averaged := read_json(path / "run.json", optional=True).get("averaged"):
         config["averaged"] = averaged  # a soup has the config of its best run
     return Evaluated(name or path.name, metrics, config, predictions)

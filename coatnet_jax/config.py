@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,11 @@ def parse_training_flags(
         )
     if not values.workdir:
         raise ValueError("--workdir=FOLDER is missing: the folder for checkpoints and results")
-    return values.config, Path(values.workdir)
+    config = values.config
+    for value, key in ((config, "init_from"), (config.get("data", {}), "root")):
+        if value.get(key):  # a shell leaves the ~ of --config.init_from=~/run as it is
+            value[key] = os.path.expanduser(value[key])
+    return config, Path(values.workdir).expanduser()
 
 
 def join_values(argv: list[str]) -> list[str]:

@@ -117,11 +117,12 @@ def circumstances(result: Mapping[str, Any]) -> str:
 
 
 def _seen_before(stages: Sequence[Mapping[str, Any]] | None) -> str:
-    """What earlier stages, trained on other tables of splits, saw of the faces evaluated."""
+    """What earlier stages, trained on other faces than the run, saw of those evaluated."""
     if stages is None or any(stage["seen"] is None for stage in stages):
         return " Whether an earlier stage of the weights saw any of them is not known."
     return "".join(
-        f" The {stage['stage']} stage before, on the splits `{stage['splits']}`, saw "
+        f" The {stage['stage']} stage before, on the splits `{stage['splits']}`"
+        f"{' of `{}`'.format(stage['data']) if 'data' in stage else ''}, saw "
         f"{stage['seen']:,} of these pictures without their ages."
         for stage in stages
         if stage["seen"]

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int
 from coatnet_jax.age_losses import age_distribution, get_age_loss
 from coatnet_jax.ages import age_class, check_ages, expected_age, get_decoder
 from coatnet_jax.augment import mixup, supervised_view
+from coatnet_jax.checkpoint import has_checkpoint
+from coatnet_jax.config import read_config
 from coatnet_jax.heads import N_GENDERS, N_RACES, AgeModel
 from coatnet_jax.inference import Run, build_model, image_format, predict_split, sides_of
 from coatnet_jax.losses import balanced_weights, cross_entropy
@@ -35,6 +37,8 @@ def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting
     # What is misspelled should fail before anything is loaded.
     get_age_loss(config.loss.name)
     get_decoder(config.loss.get("decode", "median"))
+    if config.get("init_head", False) and not has_checkpoint(workdir):
+        _check_head(config)
     sides_of(config)
     augment = config.augment
     check_rand_augment(
@@ -44,6 +48,23 @@ def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting
     check_ages(setting.train_faces.labels["age"], "the training split")
     check_ages(setting.validation_faces.labels["age"], "the validation split")
     return setting
+
+
+def _check_head(config: ml_collections.ConfigDict) -> None:
+    """Raise ValueError where the head of `init_from` is of another loss, or there is none.
+
+    Heads of different losses can have the same shapes.
+    """
+    if not config.init_from:
+        raise ValueError("config.init_head takes the head of a run: config.init_from must name it")
+    theirs = read_config(Path(config.init_from) / "config.json")
+    loss = theirs.loss.name if theirs.stage == "finetune" else None
+    if loss != config.loss.name:
+        found = f"a fine-tuning with {loss}" if loss else f"of stage {theirs.stage}"
+        raise ValueError(
+            f"config.init_head wants a fine-tuning with loss {config.loss.name}, "
+            f"{config.init_from} is {found}; leave init_head out to take its backbone alone"
+        )
 
 
 def train(setting: Setting, *, trackers: Sequence[Callable] = (), traced_rates=False) -> bool:

@@ -74,10 +74,11 @@ def refuse_trained_on(count: int, faces: Faces, *, run_dir: Path) -> NoReturn:
 def check_stages_before(
     faces: Faces, run_dir: Path, folder: Path, *, fingerprint: str
 ) -> list[dict[str, Any]] | None:
-    """How many of `faces` the stages before the run saw: stage, splits, and `seen` of each that was
-    trained on another table of `folder` than the run, whose `fingerprint` is given.
+    """How many of `faces` the stages before the run saw: stage, data, splits, and `seen` of each
+    that was trained on other faces than the run, whose `fingerprint` is given; sets of other names
+    are looked for beside `folder`.
 
-    `seen` is None where that table is not there any more, the whole is None where the folder of a
+    `seen` is None where the faces are not there any more, the whole is None where the folder of a
     stage is gone. Raises ValueError where ages of these faces were learned: their pictures alone,
     as self-supervised methods see them, are counted.
     """
@@ -88,17 +89,18 @@ def check_stages_before(
         return None
     found = []
     for stage in stages:
-        if stage.get("data") != folder.name or stage.get("fingerprint") == fingerprint:
+        if "data" not in stage or stage.get("fingerprint") == fingerprint:
             continue
-        train, splits = open_stage(stage, folder)
+        train, splits = open_stage(stage, folder.with_name(stage["data"]))
         same = train and stage.get("fingerprint", "") in ("", train.fingerprint)
         seen = int(trained_on(faces, train).sum()) if same else None
-        found.append({"stage": stage["stage"], "splits": splits, "seen": seen})
+        told = {"stage": stage["stage"], "data": stage["data"], "splits": splits}
+        found.append(told | {"seen": seen})
         if seen and learned_ages(stage):
             raise ValueError(
                 f"{seen:,} of the {len(faces):,} faces of {faces.folder} ({faces.split}) were in "
-                f"the training split {splits!r} of the {stage['stage']} stage that {run_dir} "
-                "started from: evaluate it on faces that no stage was trained on"
+                f"the training split {splits!r} of {stage['data']}, of the {stage['stage']} stage "
+                f"that {run_dir} started from: evaluate it on faces that no stage was trained on"
             )
     return found
 

@@ -17,10 +17,10 @@ def stages_before(run_dir: str | Path) -> list[dict[str, Any]]:
     if told := read_json(run_dir / "run.json", optional=True).get("before"):
         return told
     init_from = read_config(run_dir / "config.json").get("init_from", "")
-    return _until(Path(init_from)) if init_from else []
+    return stages_until(Path(init_from)) if init_from else []
 
 
-def _until(run_dir: Path) -> list[dict[str, Any]]:
+def stages_until(run_dir: Path) -> list[dict[str, Any]]:
     """The stages up to this run, its own the last one."""
     path = run_dir / "config.json"
     if not path.is_file():

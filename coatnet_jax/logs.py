@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import ml_collections
 
 from coatnet_jax.config import read_json, save_config
 from coatnet_jax.distributed import is_main
+from coatnet_jax.lineage import stages_until
 
 PACKAGES = ("coatnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -23,7 +25,8 @@ PACKAGES = ("coatnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", 
 def write_run_info(
     workdir: Path, config: ml_collections.ConfigDict, *, data_fingerprint: str, parameters: int
 ) -> None:
-    """config.json (resolved) and run.json: versions, revision, data, device, command, start."""
+    """config.json (resolved) and run.json: versions, revision, data, device, command, start, and
+    the stages before."""
     workdir.mkdir(parents=True, exist_ok=True)
     save_config(config, workdir / "config.json")
     info = {
@@ -33,6 +36,9 @@ def write_run_info(
         "data_fingerprint": data_fingerprint,
         **environment(),
     }
+    # Kept here, so that it is still known where the folders of those are moved or deleted.
+    with suppress(ValueError):  # one is gone already
+        info["before"] = stages_until(Path(config.init_from)) if config.get("init_from") else []
     (workdir / "run.json").write_text(json.dumps(info, indent=2) + "\n")
 
 

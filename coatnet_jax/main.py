@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 TRAINING = ("pretrain", "finetune")
+PATHS = ("data", "labels", "out", "paths", "root", "run_dir", "run_dirs", "source", "workdir")
 UNFINISHED = 3  # exit status of a training that was stopped and saved; the same command resumes
 
 
@@ -43,6 +44,11 @@ def _run(argv: list[str]) -> int:
     if command in TRAINING and not wants_help:
         return _train(command, argv[1:])
     arguments = _parser().parse_args(argv)
+    for key, value in vars(arguments).items():
+        if key in PATHS and value:  # a shell leaves the ~ of --out=~/ages as it is
+            one = isinstance(value, str)
+            expanded = [os.path.expanduser(path) for path in ([value] if one else value)]
+            setattr(arguments, key, expanded[0] if one else expanded)
     for written in ("out", "workdir"):
         if path := getattr(arguments, written, None):
             check_writable(Path(path), flag=f"--{written}")

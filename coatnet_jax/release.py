@@ -9,14 +9,14 @@ evaluation.json and conformal.json, measured with these very weights, MODEL_CARD
 Every command that takes the folder of a run takes such a folder too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from coatnet_jax import conformal, evaluate
 from coatnet_jax.checkpoint import FOLDER, load_variables
 from coatnet_jax.config import read_config, read_json, save_config
-from coatnet_jax.inference import check_sides
+from coatnet_jax.inference import check_sides, sides_of
 from coatnet_jax.lineage import stages_before
 from coatnet_jax.pages import write_json
 from coatnet_jax.release_card import release_card
@@ -25,6 +25,7 @@ from coatnet_jax.training_set import write_record
 
 KEPT = ("started", "parameters", "data_fingerprint", "git_revision", "python", "versions")
 KEPT += ("devices", "machine", "wall_seconds", "averaged")
+EVALUATION, CARD = "evaluation.json", "MODEL_CARD.md"
 WANTED = ("parameters", "data_fingerprint", "git_revision", "devices")  # by the card
 
 
@@ -49,14 +50,17 @@ def write_release(
         config.eval_sides = check_sides(sides)
     told = read_json(run_dir / "run.json", wants=WANTED)
     before = stages_before(run_dir)
-    others = _other_sets(run_dir, step=step)
+    released = {"step": step, "which": "best", "flip": True}
+    released |= {"sides": list(sides_of(config)), "decode": config.loss.get("decode", "median")}
+    others = _other_sets(run_dir, released)
     if out.resolve() == run_dir.resolve() or (out / FOLDER).is_dir():
         raise ValueError(f"{out} is the folder of a run, which this would ruin; give another --out")
     out.mkdir(parents=True, exist_ok=True)
+    write_record(out, run_dir, data_folder, config.data.splits)  # first: the data may be missing
+    for name in (conformal.FILE, EVALUATION, CARD):  # of what was there before
+        (out / name).unlink(missing_ok=True)
     save_weights(out / FILE, variables, step=step)
-    write_record(out, run_dir, data_folder, config.data.splits)
-    (out / conformal.FILE).unlink(missing_ok=True)  # of what was there before
-    config.data.root, config.init_from = "", ""
+    config.data.root, config.init_from, config.init_head = "", "", False
     save_config(config, out / "config.json")
     run = {key: told[key] for key in KEPT if key in told} | {"before": before, "step": step}
     run["finished"] = told.get("finished", is_released(run_dir))
@@ -66,27 +70,32 @@ def write_release(
     measured = {key: value for key, value in result.items() if key not in ("run", "data")}
     command = f"coatnet-jax release {run_dir.name}"
     measured["environment"] = {**result["environment"], "command": command}
-    write_json(out / "evaluation.json", measured)
+    write_json(out / EVALUATION, measured)
     card = release_card(config, run, measured, others)
-    (out / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+    (out / CARD).write_text(card, encoding="utf-8")
     size = (out / FILE).stat().st_size / 1e6
-    print(f"released to {out}: {FILE} ({size:.1f} MB), MODEL_CARD.md, evaluation.json")
+    print(f"released to {out}: {FILE} ({size:.1f} MB), {CARD}, {EVALUATION}")
     return result
 
 
-def _other_sets(run_dir: Path, *, step: int) -> list[dict[str, Any]]:
-    """The run's evaluations on sets that it was not trained on; those of another step are named
-    and left out."""
+def _other_sets(run_dir: Path, released: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The run's evaluations on sets that it was not trained on; those made in another way than
+    what is `released` (its step, flip, sides, …) are named and left out."""
     results = []
     for path in sorted(run_dir.glob("evaluate/*/metrics.json")):
         result = read_json(path, wants=("trained_on", "step"))
         if result["trained_on"]["same_data"]:
             continue
-        if result["step"] == step:
+        other = [
+            f"{key} {result[key]}, the release {value}"
+            for key, value in released.items()
+            if result.get(key, value) != value
+        ]
+        if not other:
             results.append(result)
         else:
             print(
-                f"{path.parent} is of step {result['step']}, the release of step {step}: left out "
-                "of the card; evaluate again to have it there"
+                f"{path.parent} has {'; '.join(other)}: left out of the card; evaluate again to "
+                "have it there"
             )
     return results

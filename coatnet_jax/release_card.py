@@ -75,7 +75,7 @@ def _stage(stage: Mapping[str, Any]) -> str:
         averaged = stage.get("averaged", 1)
         what = f"the mean of {averaged} fine-tunings" if averaged > 1 else "an earlier fine-tuning"
     else:
-        what = f"{stage['method']} pre-training"
+        what = f"{stage.get('method', 'simclr')} pre-training"
     trained_on = training_split(stage["data"], stage.get("splits", "default"))
     return f"{what} ({stage['epochs']:g} epochs at {stage['image_size']} px on {trained_on})"
 

@@ -255,8 +255,11 @@ def _read_alike(paths: Sequence[Path]) -> tuple[list[ml_collections.ConfigDict],
 
 
 def _origin(config: ml_collections.ConfigDict, told: dict[str, Any]) -> Any:
-    """What the weights of a run come from: a folder, or of a released run the stages before."""
-    return told.get("before") or (config.init_from and Path(config.init_from).resolve())
+    """What the weights of a run come from: a folder, and whether the head does too, or of a
+    released run the stages before."""
+    if config.init_from:
+        return Path(config.init_from).resolve(), config.get("init_head", False)
+    return told.get("before")
 
 
 def _check_same_shapes(paths: Sequence[Path], weights: Sequence[Any]) -> None:

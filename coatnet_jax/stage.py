@@ -15,8 +15,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from coatnet_jax import loop
-from coatnet_jax.checkpoint import FOLDER, Checkpoints, check_unused, load_backbone
-from coatnet_jax.config import flat, flat_keys, read_config, read_json
+from coatnet_jax.checkpoint import (
+    FOLDER,
+    Checkpoints,
+    check_unused,
+    has_checkpoint,
+    load_backbone,
+)
+from coatnet_jax.config import flat, read_config, read_json
 from coatnet_jax.distributed import any_process, is_main
 from coatnet_jax.inference import normalisation
 from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
@@ -42,13 +48,15 @@ LATER_KEYS = {
     **{"augment.rand_augment_ops": 0, "augment.rand_augment_magnitude": 9.0},
     **{"augment.blur_prob": 0.0, "augment.blur_sigma": (0.1, 1.5)},
     **{"augment.sharpen_prob": 0.0, "augment.sharpen": 1.0},
-    **{"data.label_noise": "keep", "eval_sides": (1.0,)},
+    **{"data.label_noise": "keep", "eval_sides": (1.0,), "init_head": False},
 }
 BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epochs": ("over 0", lambda x: 0 < x < math.inf),
     "batch_size": ("at least 1", lambda x: x >= 1),
     "log_every": ("at least 1", lambda x: x >= 1),
-    "monitor.every_epochs": ("over 0", lambda x: x > 0),
+    "monitor.every_epochs": ("over 0", lambda x: 0 < x < math.inf),
+    "monitor.patience": ("at least 0 (0: never stop early)", lambda x: x >= 0),
+    "monitor.images": ("at least 1", lambda x: x >= 1),
     "ema": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
     "mixup": ("at least 0", lambda x: x >= 0),
     "model.drop_path": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
@@ -154,7 +162,7 @@ def _tell_conflicts(config: ml_collections.ConfigDict, conflicts: list[dict[str,
 
 def _keep_normalisation(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Have images normalised as those were that the start weights saw; printed where it differs."""
-    resuming = (workdir / FOLDER).is_dir()
+    resuming = has_checkpoint(workdir)
     source = workdir if resuming else Path(config.init_from) if config.init_from else None
     if source is None or not (source / "config.json").is_file():
         return
@@ -182,7 +190,7 @@ def check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
         return
     before = read_config(workdir / "config.json")
     before.model.update(normalisation(before))
-    there, here = (dict(zip(flat_keys(c), _leaves(c), strict=True)) for c in (before, config))
+    there, here = (flat(c.to_dict()) for c in (before, config))
     differing = [
         f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
@@ -195,11 +203,15 @@ def check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
         )
 
 
-def _leaves(config: ml_collections.ConfigDict) -> list:
-    leaves = []
-    for value in config.values():
-        leaves += _leaves(value) if isinstance(value, ml_collections.ConfigDict) else [value]
-    return leaves
+def check_same_data(workdir: Path, train_faces: Faces) -> None:
+    """Raise ValueError where the run in `workdir` was begun on other faces than these."""
+    before = read_json(workdir / "run.json").get("data_fingerprint", "")
+    if before not in ("", train_faces.fingerprint):
+        raise ValueError(
+            f"{workdir} was begun on data of fingerprint {before[:16]}, {train_faces.folder} has "
+            f"{train_faces.fingerprint[:16]} now: prepare the data as they were, or give a new "
+            "--workdir"
+        )
 
 
 def run_stage(
@@ -231,10 +243,12 @@ def run_stage(
     rng_init, rng_train = jax.random.split(jax.random.key(config.seed))
     variables = init_variables(rng_init, model, image_size=config.model.image_size)
     # Asked of all before any goes on, and makes the folder.
-    resuming = any_process((workdir / FOLDER).is_dir())
+    resuming = any_process(has_checkpoint(workdir))
     if config.init_from and not resuming:
-        variables = load_backbone(Path(config.init_from), variables)
-        print(f"[{config.stage}] backbone from {config.init_from}", flush=True)
+        head = config.get("init_head", False)
+        variables = load_backbone(Path(config.init_from), variables, head=head)
+        parts = "backbone and head" if head else "backbone"
+        print(f"[{config.stage}] {parts} from {config.init_from}", flush=True)
     # Made after the backbone is loaded: a moving average starts from the loaded weights.
     schedule = setting.schedule
     warmup = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
@@ -258,8 +272,8 @@ def run_stage(
     state = replicate(state, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     known = resuming and (workdir / "run.json").is_file()
-    if known:
-        read_json(workdir / "run.json")  # a damaged one should fail now, not after the training
+    if known:  # a damaged run.json should fail now, not after the training
+        check_same_data(workdir, setting.train_faces)
     if is_main() and not known:
         write_run_info(
             workdir, config, data_fingerprint=setting.train_faces.fingerprint, parameters=parameters

@@ -33,7 +33,7 @@ from coatnet_jax.logs import MetricsLog, duration, environment
 from coatnet_jax.loop import Diverged
 from coatnet_jax.metrics import mae
 from coatnet_jax.pages import write_csv, write_json
-from coatnet_jax.stage import Setting, check_same_config, make_schedule
+from coatnet_jax.stage import Setting, check_same_config, check_same_data, make_schedule
 from coatnet_jax.tune_checks import by_heart, by_heart_verdict, untrained_loss
 from coatnet_jax.tune_page import too_short, write_page
 
@@ -155,6 +155,7 @@ def short_run(
     """
     steps = setting.schedule.total_steps
     if (folder / RESULT).is_file():
+        check_same_data(folder, setting.train_faces)
         clock.done(steps, trained=False)
         return read_json(folder / RESULT)
     minutes = clock.minutes_left()

@@ -72,7 +72,8 @@ def untrained_loss(setting: Setting) -> dict[str, Any]:
     """
     config = without_regularisation(setting.config)
     model = build_model(config)
-    rng = jax.random.split(jax.random.key(config.seed))[0]  # the weights that training starts from
+    # The weights that training starts from; the head is a new one, of which theory speaks.
+    rng = jax.random.split(jax.random.key(config.seed))[0]
     variables = init_variables(rng, model, image_size=config.model.image_size)
     if config.init_from:
         variables = load_backbone(Path(config.init_from), variables)

@@ -43,6 +43,8 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.epochs = 60.0
     config.batch_size = 128
     config.init_from = ""  # a pre-training or import-timm folder; empty: from scratch
+    # Go on from a fine-tuning: `init_from` gives its heads too, where both have the same loss.
+    config.init_head = False
     config.max_minutes = 0.0  # stop cleanly after this long (0: never); the same command resumes
     # Several processes: auto (a cluster tells), or HOST:PORT,PROCESSES,INDEX to each; empty: one.
     config.distributed = ""

@@ -56,6 +56,15 @@ def test_median_halves_the_probability_spread_over_each_year():
     assert flat == pytest.approx(58)
 
 
+def test_two_decimals_of_the_median_are_of_its_class():
+    p, share = np.zeros((401, 117)), np.linspace(0.499, 0.501, 401)
+    p[:, 17], p[:, 18] = share, 1 - share
+    age = ages.median_age(p)
+    written = np.array([float(f"{a:.2f}") for a in age])
+    np.testing.assert_array_equal(ages.age_class(written), ages.age_class(age))
+    assert set(ages.age_class(age)) == {0, 1}
+
+
 def test_median_stays_in_the_range_of_ages():
     row = np.zeros(117)
     row[0], row[1] = 0.9, 0.1

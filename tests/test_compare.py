@@ -94,10 +94,20 @@ def test_older_configs_are_those_of_the_values_then(tmp_path):
     age = np.arange(20, 60)
     old = write_run(tmp_path / "old", age + 1.0, seed=0)
     model = {"mean": compare.OLDER["model.mean"], "std": compare.OLDER["model.std"]}
-    new = write_run(tmp_path / "new", age + 2.0, seed=1, model=model)
+    later = {"init_head": False, "progressive": [], "loss": {"decode": "median", "balanced": False}}
+    new = write_run(tmp_path / "new", age + 2.0, seed=1, model=model, **later)
     result = compare.run([old, new], out=tmp_path / "out")
     assert [row["setting"] for row in result["settings"]] == ["seed"]
     assert len(result["seeds"]) == 1
+
+
+def test_evaluations_made_in_other_ways_are_told(runs, tmp_path):
+    for path, flip in zip(runs, (True, True, False), strict=True):
+        told = path / "evaluate/test/metrics.json"
+        told.write_text(json.dumps(json.loads(told.read_text()) | {"flip": flip, "sides": [1.0]}))
+    settings = compare.run(runs, out=tmp_path / "out")["settings"]
+    assert [row["setting"] for row in settings] == ["seed", "optim.lr", "evaluate.flip"]
+    assert [settings[-1][name] for name in "abc"] == [True, True, False]
 
 
 def test_what_cannot_be_compared_is_told_in_one_line(runs, tmp_path):

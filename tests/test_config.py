@@ -11,6 +11,7 @@ from coatnet_jax.config import (
     read_config,
     save_config,
 )
+from coatnet_jax.main import main
 from configs import finetune, pretrain
 
 
@@ -29,6 +30,18 @@ def test_config_by_name_with_flags_on_top():
     assert config.model.name == "coatnet_atto" and config.data.name == "drawn"
     assert config.optim.lr == 0.5 and config.augment.crop == (0.2, 0.9)
     assert str(workdir) == "some/folder"
+
+
+def test_home_is_meant_by_a_tilde_that_the_shell_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = ("--workdir=~/run", "--config.data.root=~/data")
+    config, workdir = parse("--config=pretrain:atto", *flags, "--config.init_from=~/before")
+    assert workdir == tmp_path / "run" and config.init_from == str(tmp_path / "before")
+    assert config.data.root == str(tmp_path / "data")
+    for command in (["compare", "~/a", "~/b"], ["release", "~/a", "--out=~/b"]):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert f" {tmp_path}/a" in capsys.readouterr().err
 
 
 def test_config_by_path(tmp_path):

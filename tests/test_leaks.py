@@ -91,12 +91,18 @@ def test_stages_before_may_have_seen_the_pictures_but_not_their_ages(folder, tmp
     assert 0 < both < len(test)
     assert seen(("default", simclr), ("default", tuned)) == []  # what check_no_leak looks at
     for stage in (simclr, {"stage": "pretrain"}):  # one without a method is older: SimCLR
-        told = {"stage": "pretrain", "splits": "fold0", "seen": both}
+        told = {"stage": "pretrain", "data": "drawn", "splits": "fold0", "seen": both}
         assert seen(("fold0", stage), ("default", tuned)) == [told]
     for stage in (tuned, {"stage": "pretrain", "method": "supcon"}):
-        with pytest.raises(ValueError, match=f"^{both} of the {len(test)} faces .* 'fold0' of the"):
+        with pytest.raises(
+            ValueError, match=f"^{both} of the {len(test)} faces .* 'fold0' of drawn, of the"
+        ):
             seen(("fold0", stage))
-    assert seen(("fold0", tuned), data="elsewhere") == []
+    (told,) = seen(("fold0", tuned), data="elsewhere")
+    assert told["seen"] is None
+    folder.with_name("twin").symlink_to(folder)  # the same faces under another name
+    with pytest.raises(ValueError, match=f"^{both} of the {len(test)} faces .* 'fold0' of twin"):
+        seen(("fold0", tuned), data="twin")
     assert seen(("fold0", tuned), fingerprint="of old")[0]["seen"] is None  # another table now
     assert seen(("fold0", tuned), splits="fold0") == []
 

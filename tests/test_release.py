@@ -164,14 +164,40 @@ def test_a_release_spoils_no_run(run_dir, variables, tmp_path, monkeypatch):
             check_unused(path, flag="--workdir")
 
 
-def test_evaluations_of_another_step_are_left_out_of_the_card(run_dir, capsys):
-    for name, step, same in (("test", 9, True), ("wild-all", 9, False), ("old-all", 3, False)):
+def test_a_release_that_cannot_be_told_from_its_data_leaves_the_one_before(
+    run_dir, variables, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=lambda *_, **__: METRICS))
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    out = tmp_path / "out"
+    release.write_release(run_dir, "data", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 10))
+
+    def missing(*_):
+        raise FileNotFoundError("prepare it")
+
+    monkeypatch.setattr(release, "write_record", missing)
+    with pytest.raises(FileNotFoundError, match="prepare it"):
+        release.write_release(run_dir, "data", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_evaluations_made_in_another_way_are_left_out_of_the_card(run_dir, capsys):
+    cases = (
+        *(("test", 9, True, True), ("wild-all", 9, True, False)),
+        *(("old-all", 3, True, False), ("plain-all", 9, False, False)),
+    )
+    for name, step, flip, same in cases:
         folder = run_dir / "evaluate" / name
         folder.mkdir(parents=True)
-        told = {"step": step, "trained_on": {"same_data": same}, "data_name": name}
+        told = {"step": step, "flip": flip, "trained_on": {"same_data": same}, "data_name": name}
         (folder / "metrics.json").write_text(json.dumps(told))
-    assert [found["data_name"] for found in release._other_sets(run_dir, step=9)] == ["wild-all"]
-    assert "old-all is of step 3, the release of step 9: left out" in capsys.readouterr().out
+    released = {"step": 9, "flip": True, "sides": [1.0]}
+    assert [x["data_name"] for x in release._other_sets(run_dir, released)] == ["wild-all"]
+    printed = capsys.readouterr().out
+    assert "old-all has step 3, the release 9: left out" in printed
+    assert "plain-all has flip False, the release True: left out" in printed
 
 
 def test_card_tells_every_stage_that_the_weights_went_through(run_dir):

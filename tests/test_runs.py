@@ -283,6 +283,7 @@ def test_run_from_before_other_losses_is_read_and_gone_on_with(drawn_root, finet
     config = json.loads((old / "config.json").read_text())
     assert (config["loss"].pop("decode"), config["loss"].pop("balanced")) == ("median", False)
     assert (config.pop("progressive"), config["data"].pop("label_noise")) == ([], "keep")
+    assert config.pop("init_head") is False
     assert config["augment"].pop("rand_augment_ops") == 0
     assert config["augment"].pop("rand_augment_magnitude") == 9
     for key in ("blur_prob", "blur_sigma", "sharpen_prob", "sharpen"):
@@ -344,6 +345,30 @@ def test_fine_tuning_starts_from_the_pretrained_backbone(drawn_root, pretrained,
             np.testing.assert_array_equal(a, b)
 
 
+def test_fine_tuning_goes_on_with_the_head_where_it_is_asked_for(
+    drawn_root, finetuned, tmp_path, monkeypatch
+):
+    started = []
+
+    def train(state, *_, **__):
+        started.append(state)
+        return state, False
+
+    monkeypatch.setattr(loop, "train", train)
+    for head in (True, False):
+        config = tiny("finetune", drawn_root, init_from=str(finetuned), init_head=head)
+        (tmp_path / str(head) / FOLDER).mkdir(parents=True)  # as one killed in its first steps left
+        finetune.run(config, tmp_path / str(head))
+    told = json.loads((tmp_path / "True" / "run.json").read_text())
+    assert [stage["stage"] for stage in told["before"]] == ["pretrain", "finetune"]
+    kept, new = started
+    there = load_variables(finetuned)[0]["params"]
+    for tree in (kept.params, kept.ema_params, {**new.params, "head": there["head"]}):
+        jax.tree.map(np.testing.assert_array_equal, tree, there)
+    for name in ("hidden", "age"):
+        assert not np.allclose(new.params["head"][name]["kernel"], there["head"][name]["kernel"])
+
+
 def test_backbone_of_another_model_is_refused_with_both_sides(drawn_root, pretrained, tmp_path):
     config = tiny("finetune", drawn_root, init_from=str(pretrained))
     config.model.name = "coatnet_micro"
@@ -356,6 +381,15 @@ def test_other_config_in_the_same_workdir_is_refused(drawn_root, pretrained):
     config.optim.lr = 0.123
     with pytest.raises(ValueError, match=r"optim.lr 0.001 there, 0.123 here"):
         pretrain.run(config, pretrained)
+
+
+def test_training_does_not_go_on_with_other_faces(drawn_root, pretrained, finetuned, tmp_path):
+    run, config = tmp_path / "run", tiny("finetune", drawn_root, init_from=str(pretrained))
+    shutil.copytree(finetuned, run)
+    told = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(told | {"data_fingerprint": "0123456789abcdef0"}))
+    with pytest.raises(ValueError, match="begun on data of fingerprint 0123456789abcdef, .* has"):
+        finetune.run(config, run)
 
 
 def test_diverged_loss_stops_the_run(drawn_root, tmp_path):
@@ -377,6 +411,7 @@ BAD_VALUES = (
     *("model.drop_path=1.5", "model.std=(0,0,0)", "optim.layer_decay=-1", "data.crop=foo"),
     *("augment.crop=0.5", "augment.crop=(1.0,0.5)", "optim.warmup_epochs=99"),
     *("augment.blur_sigma=(0.0,1.0)", "augment.sharpen=-1.0"),
+    *("monitor.patience=-1", "monitor.every_epochs=inf"),
 )
 
 
@@ -384,6 +419,7 @@ def test_command_line_errors_are_one_line(drawn_root, pretrained, finetuned, tmp
     root = f"--config.data.root={drawn_root}"
     pre = ["pretrain", "--config=pretrain:atto,drawn", root, f"--workdir={tmp_path}/x"]
     fine = ["finetune", "--config=finetune:atto,drawn", root, f"--workdir={tmp_path}/x"]
+    go_on = [*fine, "--config.init_head=True", f"--config.init_from={finetuned}"]
     broken = tmp_path / "broken"
     shutil.copytree(pretrained, broken)
     for file in (broken / "checkpoints").rglob("manifest.ocdbt"):
@@ -407,10 +443,15 @@ def test_command_line_errors_are_one_line(drawn_root, pretrained, finetuned, tmp
         ["pretrain", "--config=finetune:atto,drawn", root, f"--workdir={tmp_path}/x"],
         [*pre, "--config.model.name=coatnet_9"],
         [*pre, "--config.optim.name=adam"],
+        [*pre, "--config.monitor.images=0"],
         [*fine, "--config.loss.name=kl"],
         [*fine, "--config.loss.decode=mode"],
         [*fine, "--config.init_from=nowhere"],
         [*fine, f"--config.init_from={broken}"],
+        [*fine, "--config.init_head=True"],
+        [*fine, "--config.init_head=True", f"--config.init_from={pretrained}"],
+        [*go_on, "--config.loss.name=sord"],
+        [*go_on, "--config.model.name=coatnet_micro"],
         [*fine, "--config.optim.train_from=stage9"],
         [*fine, "--config.progressive=(64,48)"],
         [

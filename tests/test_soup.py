@@ -219,6 +219,10 @@ def test_runs_that_do_not_fit_are_refused(
     started.init_from = str(good)
     with pytest.raises(ValueError, match="started from other weights"):
         soup.run([good, write_run("started", started, variables)], out, data)
+    with started.unlocked():
+        started.init_head = True
+    with pytest.raises(ValueError, match="started from other weights"):
+        soup.run([out.parent / "started", write_run("with_head", started, variables)], out, data)
     diverged = jax.tree.map(lambda x: np.full_like(x, np.nan), variables)
     with pytest.raises(ValueError, match="diverged"):
         soup.run([good, write_run("diverged", config, diverged)], out, data)
