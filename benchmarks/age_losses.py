@@ -7,13 +7,14 @@ Every run is `coatnet-jax finetune --config=finetune:MODEL,cpu` from random weig
 `loss.name`, the seed, the flags here and what so short a training asks for: small batches, no layer
 decay, a moving average over a hundred steps. Pictures are decoded once for each run and kept.
 What is finished is skipped and what was stopped goes on, so the same command may be given again.
-Scores are of the validation split, on which a loss may be chosen, with the picture and its mirror
-image. The table is printed after each run and written to OUT/age_losses.md.
+Scores are of the validation split, on which a loss may be chosen, averaged over centres and mirror
+images as `evaluate` does. The table is printed after each run and written to OUT/age_losses.md.
 """
 
 import argparse
 import json
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.config import load_config
 from coatnet_jax.pages import markdown_table
 from coatnet_jax.paths import data_folder, home
+from coatnet_jax.stage import check_same_config
 
 
 def budget(arguments: argparse.Namespace, loss: str, seed: int):
@@ -46,8 +48,13 @@ def scores(arguments: argparse.Namespace, loss: str, seed: int) -> dict | None:
     setting = f"{arguments.name}-{arguments.model}-{arguments.image_size}px-{arguments.epochs:g}ep"
     workdir = Path(arguments.out) / setting / f"{loss}-{seed}"
     written = workdir / "evaluate" / "validation" / "metrics.json"
+    config = budget(arguments, loss, seed)
+    try:
+        check_same_config(config, workdir)
+    except ValueError as error:
+        sys.exit(str(error).replace("--workdir", "--out"))
     if not written.is_file():
-        if not finetune.run(budget(arguments, loss, seed), workdir):
+        if not finetune.run(config, workdir):
             return None
         folder = data_folder(arguments.name, arguments.root)
         evaluate.run(workdir, folder, split="validation")

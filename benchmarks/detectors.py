@@ -13,7 +13,6 @@ import argparse
 import io
 import os
 import sys
-import tarfile
 import time
 import warnings
 from collections.abc import Callable
@@ -24,8 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # libfacedetection starts threads of its ow
 import cv2
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from wild_photos import picked_photos
 
 Count = Callable[[np.ndarray], int]
 
@@ -107,10 +105,7 @@ DETECTORS = {
 
 def read_photos(path: Path, most: int) -> list[np.ndarray]:
     """RGB pixels of the tar's photos, at most `most`, evenly picked."""
-    with tarfile.open(path) as tar:
-        members = sorted((m for m in tar if m.isfile()), key=lambda m: m.name)
-        members = members[:: max(1, len(members) // most)][:most]
-        files = [tar.extractfile(m).read() for m in members]
+    files = [data for _, data in picked_photos(path, most)]
     return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in files]
 
 

@@ -6,8 +6,8 @@ r"""Does pre-training help? Fine-tuning with few labels, from a pre-trained back
 Both sides see the same labelled faces (a share of the training split, spread over the ages and
 drawn by the seed), the same number of steps and the same recipe, but for the layer-wise learning
 rates, which are for a trained backbone alone. The best of a few checkpoints is taken on the whole
-validation split. Scores are of `--split`, the picture averaged with its mirror image. The
-difference pairs the two sides face by face, each face's error averaged over the seeds.
+validation split. Scores are of `--split`, averaged over centres and mirror images as `evaluate`
+does. The difference pairs the two sides face by face, each face's error averaged over the seeds.
 
 What is finished is skipped and what was stopped goes on, so the same command may be given again,
 with more seeds too. The table and a picture are written after each pair of runs.
@@ -16,12 +16,14 @@ with more seeds too. The table and a picture are written after each pair of runs
 import argparse
 import csv
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import matplotlib
+import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -33,7 +35,7 @@ from coatnet_jax.pages import markdown_table, write_json
 from coatnet_jax.palette import BLUE, MUTED
 from coatnet_jax.paths import data_folder, home
 from coatnet_jax.plots import STYLE, save_figure
-from coatnet_jax.stage import Setting, make_schedule
+from coatnet_jax.stage import Setting, check_same_config, make_schedule
 from input_pipeline.pipeline import Faces, open_split
 
 SIDES = {"scratch": ("from scratch", MUTED), "pretrained": ("pre-trained", BLUE)}
@@ -82,9 +84,14 @@ def run_errors(
     setting = f"{arguments.name}-{arguments.model}-{arguments.image_size}px-{arguments.steps}steps"
     workdir = Path(arguments.out) / setting / f"{side}-{percent:g}-{seed}"
     folder = data_folder(arguments.name, arguments.root)
+    config = few_labels_config(arguments, side, percent, seed)
+    try:
+        check_same_config(config, workdir)
+    except ValueError as error:
+        sys.exit(str(error).replace("--workdir", "--out"))
     written = workdir / "evaluate" / arguments.split / "predictions.csv"
     if not written.is_file():
-        if not finetune.train(few_labels(arguments, side, percent, seed, workdir)):
+        if not finetune.train(few_labels(config, percent, workdir)):
             return None
         evaluate.run(workdir, folder, split=arguments.split, show_faces=False)
     with written.open(newline="", encoding="utf-8") as lines:
@@ -92,10 +99,10 @@ def run_errors(
     return np.array([abs(float(row["predicted"]) - int(row["age"])) for row in rows])
 
 
-def few_labels(
-    arguments: argparse.Namespace, side: str, percent: float, seed: int, workdir: Path
-) -> Setting:
-    """The setting of one run."""
+def few_labels_config(
+    arguments: argparse.Namespace, side: str, percent: float, seed: int
+) -> ml_collections.ConfigDict:
+    """The config of one run."""
     folder = data_folder(arguments.name, arguments.root)
     config = load_config(f"finetune:{arguments.model},cpu")
     config.seed, config.batch_size, config.optim.lr = seed, arguments.batch_size, arguments.lr
@@ -106,13 +113,17 @@ def few_labels(
     config.optim.layer_decay = 1.0
     if side == "pretrained":
         config.init_from, config.optim.layer_decay = arguments.pretrained, arguments.layer_decay
-    # Before the stage is opened: it compares the config with the one that a stopped run began with.
     count = labelled_count(open_split(folder, "train", splits=config.data.splits), percent / 100)
     config.epochs = arguments.steps * config.batch_size / count
     config.optim.warmup_epochs = config.epochs / 8
     config.monitor.every_epochs = config.epochs / EVALUATIONS
+    return config
+
+
+def few_labels(config: ml_collections.ConfigDict, percent: float, workdir: Path) -> Setting:
+    """The setting of one run."""
     setting = finetune.open_finetuning(config, workdir)
-    few = labelled_share(setting.train_faces, percent / 100, seed=seed)
+    few = labelled_share(setting.train_faces, percent / 100, seed=config.seed)
     return replace(setting, train_faces=few, schedule=make_schedule(config, faces=len(few)))
 
 

@@ -20,7 +20,7 @@ from coatnet_jax.bootstrap import paired_difference
 from coatnet_jax.logs import environment
 from coatnet_jax.pages import markdown_table, write_json
 from coatnet_jax.paths import data_folder
-from input_pipeline.pipeline import decode_once, open_split
+from input_pipeline.pipeline import decode_once, evenly_spread, open_split
 
 SIDE = 200  # px of UTKFace's crops
 
@@ -41,7 +41,7 @@ def main() -> None:
         ours = {row["file"]: row for row in csv.DictReader(lines)}
     faces = open_split(data_folder(arguments.name, arguments.root), "test")
     pixels = decode_once(faces, SIDE).pixels
-    rows = np.arange(len(faces))[:: max(1, len(faces) // arguments.limit)]
+    rows = evenly_spread(len(faces), arguments.limit)
     photo, crop = load()
     theirs, unfound = [], 0
     for number, row in enumerate(rows):

@@ -32,6 +32,7 @@ from coatnet_jax.pages import markdown_table, write_json
 from coatnet_jax.predict import looks_at, prediction_row
 from coatnet_jax.release_weights import PACKAGED
 from input_pipeline.face_crops import Detector, read_photo
+from input_pipeline.pipeline import evenly_spread
 
 Found = dict[str, np.ndarray]  # per photo: faces, age (NaN: none), low, high
 
@@ -62,7 +63,9 @@ def main() -> None:
     print("\neach on the photos in which it found a face\n" + markdown_table(scores))
     result = {"finding": rows, "each": scores, "environment": environment()}
     if len(found) == 2:
-        both = (found["ours"]["faces"] == 1) & (found["dlib"]["faces"] == 1)
+        # One face that is too small for an age has none.
+        one = [(side["faces"] == 1) & ~np.isnan(side["age"]) for side in found.values()]
+        both = np.logical_and(*one)
         same = [scored(name, side, age, both) for name, side in found.items()]
         same.append(scored("constant", {"age": constant}, age, both))
         first, second = (np.abs(found[name]["age"] - age)[both] for name in ("dlib", "ours"))
@@ -93,7 +96,7 @@ def picked_photos(
     with tarfile.open(tar) as archive:
         members = sorted((m for m in archive if m.isfile()), key=lambda m: m.name)
         members = [m for m in members if among is None or Path(m.name).name in among]
-        members = members[:: max(1, len(members) // limit)][:limit]
+        members = [members[row] for row in evenly_spread(len(members), limit)]
         return [(Path(m.name).name, archive.extractfile(m).read()) for m in members]
 
 

@@ -15,6 +15,7 @@ deviation for each channel: ImageNet's, unless the weights saw others. Each imag
 key, split from `rng`, so the result does not depend on how the batch is laid out over devices.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,6 +31,9 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in torch
 _TO_YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
 # Rows 2 and 3 sum to 0 and row 1 to 1, so the inverse gives grey from (Y, 0, 0) exactly.
 _FROM_YIQ = np.linalg.inv(_TO_YIQ.astype(np.float64)).astype(np.float32)
+# Or a GPU rounds to 10 bits and a TPU to 8, pixels and colours too; it costs nothing here.
+_HIGHEST = jax.lax.Precision.HIGHEST
+_product = partial(jnp.matmul, precision=_HIGHEST)
 
 
 def simclr_view(
@@ -70,8 +74,8 @@ def simclr_view(
         blur = _blur_matrix(keys[1], size, prob=blur_prob, sigma=blur_sigma)
         matrix, contrast = _jitter(keys[2], prob=jitter_prob, strength=jitter)
         grey = jax.random.uniform(keys[3]) < grey_prob
-        matrix = jnp.where(grey, jnp.ones((3, 1)) * (_LUMA @ matrix), matrix)
-        return blur @ rows, blur @ columns, matrix, contrast
+        matrix = jnp.where(grey, jnp.ones((3, 1)) * _product(_LUMA, matrix), matrix)
+        return _product(blur, rows), _product(blur, columns), matrix, contrast
 
     drawn = jax.vmap(draw)(jax.random.split(rng, images.shape[0]))
     return _render(images, *drawn, mean=mean, std=std)
@@ -115,10 +119,10 @@ def supervised_view(
         kept_rows, kept_columns = _erase_masks(keys[2], size, prob=erase_prob)
         if blur_prob:
             blur = _blur_matrix(keys[3], size, prob=blur_prob, sigma=blur_sigma)
-            rows, columns = blur @ rows, blur @ columns
+            rows, columns = _product(blur, rows), _product(blur, columns)
         if sharpen_prob:
             edges = _sharpen_matrix(keys[4], size, prob=sharpen_prob, strength=sharpen)
-            rows, columns = edges @ rows, edges @ columns
+            rows, columns = _product(edges, rows), _product(edges, columns)
         return rows, columns, matrix, contrast, kept_rows, kept_columns
 
     drawn = jax.vmap(draw)(jax.random.split(rng, images.shape[0]))
@@ -273,7 +277,7 @@ def _colour_matrix(brightness, saturation, turn) -> Float[Array, "3 3"]:
     """RGB to RGB: the I and Q axes turned by `turn` of a circle and scaled by `saturation`."""
     cos, sin = jnp.cos(2 * jnp.pi * turn), jnp.sin(2 * jnp.pi * turn)
     plane = saturation * jnp.array([[0, 0, 0], [0, cos, sin], [0, -sin, cos]])
-    return brightness * (_FROM_YIQ @ (plane.at[0, 0].set(1.0)) @ _TO_YIQ)
+    return brightness * _product(_product(_FROM_YIQ, plane.at[0, 0].set(1.0)), _TO_YIQ)
 
 
 def _erase_masks(key, size, *, prob):
@@ -292,8 +296,7 @@ def _resample(image, rows, columns) -> Float[Array, "size 3 size"]:
     """rows @ image @ columns.T for one image [H, W, 3], with the channels kept in the middle."""
     # Channels before columns: then both products are plain large matrix products.
     image = image.swapaxes(1, 2).astype(jnp.float32)
-    highest = jax.lax.Precision.HIGHEST  # or a GPU rounds pixels to 10 bits; it costs nothing here
-    return jnp.einsum("ph,hcw,qw->pcq", rows, image, columns, precision=highest)
+    return jnp.einsum("ph,hcw,qw->pcq", rows, image, columns, precision=_HIGHEST)
 
 
 def _render(
@@ -306,7 +309,8 @@ def _render(
 def _pixels(images, rows, columns, matrix, contrast) -> Float[Array, "b size size 3"]:
     """Resample, apply the colour matrix and the contrast about the mean grey, clip to 0-255."""
     pixels = jax.vmap(_resample)(images, rows, columns)
-    mean_grey = jnp.einsum("c,bcd,bd->b", _LUMA, matrix, jnp.mean(pixels, axis=(1, 3)))
+    mean_grey = jnp.mean(pixels, axis=(1, 3))
+    mean_grey = jnp.einsum("c,bcd,bd->b", _LUMA, matrix, mean_grey, precision=_HIGHEST)
     matrix = contrast[:, None, None] * matrix
     offset = ((1 - contrast) * mean_grey)[:, None, None]
     red, green, blue = (pixels[:, :, channel] for channel in range(3))

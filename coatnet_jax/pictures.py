@@ -154,13 +154,17 @@ def shortened(text: str, font, width: float) -> str:
     return short
 
 
-@cache
 def label_font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
+    return _font(max(round(size), 6), bold)
+
+
+@cache
+def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
     # DejaVu comes with matplotlib, so the same letters are found on every machine; importing
     # matplotlib to ask for them would take longer than drawing.
     fonts = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(fonts / name, max(round(size), 6))
+    return ImageFont.truetype(fonts / name, size)
 
 
 def contact_sheet(

@@ -142,7 +142,7 @@ def download(name: str) -> Path:
             f"{', '.join(near)}"
         )
     address = f"https://huggingface.co/timm/{known[0]}/resolve/main/model.safetensors"
-    by_hand = f"download {address} and give the file, with --model={model_name(known[0])}"
+    by_hand = f"download {address} and give the file, with --model={known[0]}"
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:

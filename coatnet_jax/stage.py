@@ -56,7 +56,10 @@ BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "log_every": ("at least 1", lambda x: x >= 1),
     "monitor.every_epochs": ("over 0", lambda x: 0 < x < math.inf),
     "monitor.patience": ("at least 0 (0: never stop early)", lambda x: x >= 0),
-    "monitor.images": ("at least 1", lambda x: x >= 1),
+    "monitor.images": ("at least 5", lambda x: x >= 5),  # as many as the probe wants
+    "loss.temperature": ("over 0", lambda x: 0 < x < math.inf),
+    "loss.sigma": ("over 0", lambda x: 0 < x < math.inf),
+    "loss.years": ("at least 1", lambda x: x >= 1),
     "ema": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
     "mixup": ("at least 0", lambda x: x >= 0),
     "model.drop_path": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
@@ -65,6 +68,10 @@ BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "augment.crop": (
         "two shares of the area, over 0, the larger last and at most 1",
         lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
+    ),
+    "augment.ratio": (
+        "two ratios of the sides, over 0, the larger last",
+        lambda x: len(x) == 2 and 0 < x[0] <= x[1] < math.inf,
     ),
     "augment.blur_sigma": (
         "two widths in pixels, over 0, the larger last",

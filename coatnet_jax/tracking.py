@@ -1,6 +1,7 @@
 """Metrics to TensorBoard or Weights & Biases too, for those who ask for it with `config.track`."""
 
 import importlib
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,11 +39,16 @@ def _tracker(name: str, config: ml_collections.ConfigDict, workdir: Path) -> Tra
             writer.flush()
 
     else:
-        # The same id in a resumed run, so that it goes on in the same curves.
+        # A resumed run goes on in the same curves; one of the same name elsewhere has its own.
+        told = workdir / "wandb_id"
+        if not told.is_file():
+            workdir.mkdir(parents=True, exist_ok=True)
+            told.write_text(uuid.uuid4().hex[:12])
+        package.finish()  # of the short run before, where `tune` makes many in one process
         run = package.init(
             project="coatnet-jax",
             name=workdir.name,
-            id=f"{workdir.parent.name}-{workdir.name}",
+            id=told.read_text(),
             resume="allow",
             dir=str(workdir),
             config=config.to_dict(),

@@ -154,7 +154,8 @@ def one_trial(optuna, study, setting: Setting, workdir: Path, steps: int, clock:
             if trial.should_prune() and step < steps:
                 raise optuna.TrialPruned
 
-    folder = workdir / "trials" / folder
+    # Trials of another length are another study, whose numbers begin anew.
+    folder = workdir / "trials" / f"{steps}steps" / folder
     for row in MetricsLog(folder).rows("validation"):  # of a trial that was stopped
         trial.report(row["mae"], row["step"])
     setting = short_setting(setting, steps=steps, evaluations=EVALUATIONS, **values)

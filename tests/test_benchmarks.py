@@ -35,7 +35,8 @@ def test_a_run_of_few_labels_has_its_steps_and_its_share(
     label_efficiency, arguments, percent, tmp_path
 ):
     whole = len(open_split(data_folder("drawn", arguments.root), "train"))
-    setting = label_efficiency.few_labels(arguments, "scratch", percent, 0, tmp_path / "run")
+    config = label_efficiency.few_labels_config(arguments, "scratch", percent, 0)
+    setting = label_efficiency.few_labels(config, percent, tmp_path / "run")
     assert len(setting.train_faces) == round(whole * percent / 100)
     assert setting.schedule.total_steps == 40
     assert setting.schedule.evaluate_every == 10
@@ -43,12 +44,57 @@ def test_a_run_of_few_labels_has_its_steps_and_its_share(
 
 def test_a_stopped_run_of_few_labels_is_recognised(label_efficiency, arguments, tmp_path):
     workdir = tmp_path / "run"
-    begun = label_efficiency.few_labels(arguments, "scratch", 10, 0, workdir)
+    config = label_efficiency.few_labels_config(arguments, "scratch", 10, 0)
+    begun = label_efficiency.few_labels(config, 10, workdir)
     write_run_info(workdir, begun.config, data_fingerprint="", parameters=1)
     (workdir / FOLDER).mkdir()
-    again = label_efficiency.few_labels(arguments, "scratch", 10, 0, workdir)
+    config = label_efficiency.few_labels_config(arguments, "scratch", 10, 0)
+    again = label_efficiency.few_labels(config, 10, workdir)
     assert again.schedule == begun.schedule
     np.testing.assert_array_equal(again.train_faces.labels["age"], begun.train_faces.labels["age"])
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(
+    label_efficiency, arguments, tmp_path
+):
+    arguments.out, arguments.split = str(tmp_path), "test"
+    workdir = tmp_path / "drawn-atto-32px-40steps" / "pretrained-10-0"
+    evaluated = workdir / "evaluate" / "test"
+    evaluated.mkdir(parents=True)
+    (evaluated / "predictions.csv").write_text("file,age,predicted\na.jpg,20,23.5\n")
+    config = label_efficiency.few_labels_config(arguments, "pretrained", 10, 0)
+    write_run_info(workdir, config, data_fingerprint="", parameters=1)
+    assert label_efficiency.run_errors(arguments, "pretrained", 10, 0).tolist() == [3.5]
+    arguments.pretrained = "runs/another"
+    with pytest.raises(SystemExit, match="init_from '' there, 'runs/another' here.* a new --out"):
+        label_efficiency.run_errors(arguments, "pretrained", 10, 0)
+
+
+def test_speed_is_told_of_the_contenders_that_run(capsys, monkeypatch):
+    model_speed = importlib.import_module("model_speed")
+
+    class Process:
+        compile_seconds = {"forward": 1.0, "train": 1.0}
+
+        def __init__(self, make, *_):
+            self.timm = make is model_speed.Timm
+
+        def ask(self, request, *_):
+            if self.timm and request == "train":
+                raise RuntimeError("out of memory")
+            return {"device": "cpu"}.get(request, 1.0)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(model_speed, "Process", Process)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(model_speed, "_has_cuda", lambda: False)
+    options = {"size": 32, "batch": 2, "dtype": "float32", "rounds": 1}
+    model_speed.compare("coatnet_0", **options, scan=False, cudnn=False)
+    printed = capsys.readouterr().out
+    assert printed.count("timm is left out: out of memory") == 1
+    assert "| ours | train | 500.00 | 2.0 | - |" in printed and "| timm |" not in printed
 
 
 def test_few_labels_are_spread_over_the_ages(label_efficiency, drawn_root):

@@ -443,7 +443,7 @@ def test_command_line_errors_are_one_line(drawn_root, pretrained, finetuned, tmp
         ["pretrain", "--config=finetune:atto,drawn", root, f"--workdir={tmp_path}/x"],
         [*pre, "--config.model.name=coatnet_9"],
         [*pre, "--config.optim.name=adam"],
-        [*pre, "--config.monitor.images=0"],
+        [*pre, "--config.monitor.images=4"],
         [*fine, "--config.loss.name=kl"],
         [*fine, "--config.loss.decode=mode"],
         [*fine, "--config.init_from=nowhere"],

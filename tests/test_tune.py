@@ -358,6 +358,8 @@ def test_search_counts_diverged_trials_and_goes_on(
     assert run_main(*argv, "--search=6") == 0 and len(fake_objective) == 6
     lrs = {row["optim.lr"] for row in read_csv(tmp_path / "s" / "search.csv")}
     assert len(lrs) == 6
+    argv[-1] = "--steps=10"  # another search, none of whose trials was made by the first
+    assert run_main(*argv, "--search=2") == 0 and len(fake_objective) == 8
 
 
 def test_stopped_trial_is_taken_up_with_its_values(

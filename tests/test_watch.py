@@ -62,6 +62,23 @@ def test_metrics_go_to_tensorboard_too(tmp_path, monkeypatch):
     assert written == [("train/loss", 1.5, 3)]
 
 
+def test_wandb_runs_go_on_where_they_are_resumed_and_are_others_elsewhere(tmp_path, monkeypatch):
+    calls = []
+
+    def init(**told):
+        calls.append(told["id"])
+        return SimpleNamespace(log=lambda *_, **__: None)
+
+    package = SimpleNamespace(init=init, finish=lambda: calls.append("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    config = ml_collections.ConfigDict({"track": "wandb"})
+    for folder in ("here/finetune", "here/finetune", "there/finetune"):
+        open_trackers(config, tmp_path / folder)
+    assert calls[::2] == ["finish"] * 3  # of one process: each is closed before the next
+    first, again, elsewhere = calls[1::2]
+    assert first == again != elsewhere
+
+
 def test_tracker_without_its_package_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     for track, message in (("wandb", "pip install wandb"), ("mlflow", "choose from tensorboard")):

@@ -79,4 +79,7 @@ class DINOHead(nn.Module):
             x = nn.Dense(width, kernel_init=init, name=f"dense{n}")(x)
             x = x if last else nn.gelu(x, approximate=False)
         prototypes = self.param("prototypes", init, (self.bottleneck, self.out))
-        return unit_length(x) @ unit_length(prototypes.T).T
+        # The losses divide the cosines by temperatures of a few hundredths.
+        return jnp.matmul(
+            unit_length(x), unit_length(prototypes.T).T, precision=jax.lax.Precision.HIGHEST
+        )
