@@ -88,7 +88,8 @@ def apply_gradients(
     ema_params = state.ema_params
     if ema_params is not None:
         decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-        ema_params = optax.incremental_update(params, ema_params, 1.0 - decay)
+        # In this form parameters that do not change are their own average, to the last bit.
+        ema_params = jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), ema_params, params)
     return state.replace(
         step=state.step + 1,
         params=params,
