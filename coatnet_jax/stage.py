@@ -185,6 +185,11 @@ def _keep_normalisation(config: ml_collections.ConfigDict, workdir: Path) -> Non
 
 
 def _check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    if has_checkpoint(workdir) and not (workdir / "config.json").is_file():
+        raise ValueError(
+            f"{workdir} holds checkpoints but no config.json that says of which training: give a "
+            "new --workdir, or delete the folder"
+        )
     if (workdir / FOLDER).is_dir():
         check_same_config(config, workdir)
     else:

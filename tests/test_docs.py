@@ -63,5 +63,5 @@ def test_script_of_the_released_model_is_understood(tmp_path):
             _parser().parse_args([name, *argv])
     assert sizes == [
         (), ("b", 48, 64, 96), ("c", 80, 96, 112), ("e", 96, 112), ("f", 112, 128), ("k", 144, 160),
-        ("l",), ("m",),
+        ("l",), ("m",), ("n",),
     ]  # fmt: skip

@@ -392,6 +392,12 @@ def test_training_does_not_go_on_with_other_faces(drawn_root, pretrained, finetu
         finetune.run(config, run)
 
 
+def test_checkpoints_of_an_unknown_training_are_not_gone_on_with(drawn_root, finetuned, tmp_path):
+    shutil.copytree(finetuned / FOLDER, tmp_path / "run" / FOLDER)
+    with pytest.raises(ValueError, match="holds checkpoints but no config.json"):
+        finetune.run(tiny("finetune", drawn_root), tmp_path / "run")
+
+
 def test_diverged_loss_stops_the_run(drawn_root, tmp_path):
     config = tiny("finetune", drawn_root)
     config.optim.lr, config.optim.clip_norm = 1e30, 0.0
