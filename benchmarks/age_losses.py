@@ -19,6 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import jax
+import ml_collections
 
 from coatnet_jax import evaluate, finetune
 from coatnet_jax.age_losses import AGE_LOSSES, get_age_loss
@@ -43,16 +44,21 @@ def budget(arguments: argparse.Namespace, loss: str, seed: int):
     return config
 
 
+def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Exit in one line where `workdir` holds a run of other flags, be it finished."""
+    try:
+        check_same_config(config, workdir)
+    except ValueError as error:
+        sys.exit(str(error).replace("--workdir", "--out"))
+
+
 def scores(arguments: argparse.Namespace, loss: str, seed: int) -> dict | None:
     """`mae`, `accuracy` and `minutes` of one run, trained first if need be; None: was stopped."""
     setting = f"{arguments.name}-{arguments.model}-{arguments.image_size}px-{arguments.epochs:g}ep"
     workdir = Path(arguments.out) / setting / f"{loss}-{seed}"
     written = workdir / "evaluate" / "validation" / "metrics.json"
     config = budget(arguments, loss, seed)
-    try:
-        check_same_config(config, workdir)
-    except ValueError as error:
-        sys.exit(str(error).replace("--workdir", "--out"))
+    check_same_run(config, workdir)
     if not written.is_file():
         if not finetune.run(config, workdir):
             return None

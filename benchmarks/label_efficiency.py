@@ -16,7 +16,6 @@ with more seeds too. The table and a picture are written after each pair of runs
 import argparse
 import csv
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import jax
 import matplotlib
 import ml_collections
 import numpy as np
+from age_losses import check_same_run
 from matplotlib.figure import Figure
 
 from coatnet_jax import evaluate, finetune
@@ -35,7 +35,7 @@ from coatnet_jax.pages import markdown_table, write_json
 from coatnet_jax.palette import BLUE, MUTED
 from coatnet_jax.paths import data_folder, home
 from coatnet_jax.plots import STYLE, save_figure
-from coatnet_jax.stage import Setting, check_same_config, make_schedule
+from coatnet_jax.stage import Setting, make_schedule
 from input_pipeline.pipeline import Faces, open_split
 
 SIDES = {"scratch": ("from scratch", MUTED), "pretrained": ("pre-trained", BLUE)}
@@ -85,10 +85,7 @@ def run_errors(
     workdir = Path(arguments.out) / setting / f"{side}-{percent:g}-{seed}"
     folder = data_folder(arguments.name, arguments.root)
     config = few_labels_config(arguments, side, percent, seed)
-    try:
-        check_same_config(config, workdir)
-    except ValueError as error:
-        sys.exit(str(error).replace("--workdir", "--out"))
+    check_same_run(config, workdir)
     written = workdir / "evaluate" / arguments.split / "predictions.csv"
     if not written.is_file():
         if not finetune.train(few_labels(config, percent, workdir)):

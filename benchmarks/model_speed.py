@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import gc
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -33,7 +34,6 @@ class Ours:
     """coatnet_jax under jit; `options` are attributes of the backbone."""
 
     def __init__(self, name: str, size: int, batch: int, dtype: str, options: dict):
-        import os
         from functools import partial
 
         # The contenders share one GPU, of which JAX would keep three quarters to itself.

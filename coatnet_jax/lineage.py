@@ -16,12 +16,17 @@ def stages_before(run_dir: str | Path) -> list[dict[str, Any]]:
     run_dir = Path(run_dir)
     if told := read_json(run_dir / "run.json", optional=True).get("before"):
         return told
-    init_from = read_config(run_dir / "config.json").get("init_from", "")
-    return stages_until(Path(init_from)) if init_from else []
+    return stages_until(read_config(run_dir / "config.json").get("init_from", ""))
 
 
-def stages_until(run_dir: Path) -> list[dict[str, Any]]:
-    """The stages up to this run, its own the last one."""
+def stages_until(run_dir: str) -> list[dict[str, Any]]:
+    """The stages up to this run, its own the last one; none where '' stands for random weights.
+
+    Raises ValueError as `stages_before` does.
+    """
+    if not run_dir:
+        return []
+    run_dir = Path(run_dir)
     path = run_dir / "config.json"
     if not path.is_file():
         raise ValueError(

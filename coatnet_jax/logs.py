@@ -38,7 +38,7 @@ def write_run_info(
     }
     # Kept here, so that it is still known where the folders of those are moved or deleted.
     with suppress(ValueError):  # one is gone already
-        info["before"] = stages_until(Path(config.init_from)) if config.get("init_from") else []
+        info["before"] = stages_until(config.get("init_from", ""))
     (workdir / "run.json").write_text(json.dumps(info, indent=2) + "\n")
 
 

@@ -7,7 +7,6 @@ import traceback
 from pathlib import Path
 
 TRAINING = ("pretrain", "finetune")
-PATHS = ("data", "labels", "out", "paths", "root", "run_dir", "run_dirs", "source", "workdir")
 UNFINISHED = 3  # exit status of a training that was stopped and saved; the same command resumes
 
 
@@ -43,12 +42,7 @@ def _run(argv: list[str]) -> int:
     wants_help = any(arg in ("-h", "--help", "--helpfull") for arg in argv)
     if command in TRAINING and not wants_help:
         return _train(command, argv[1:])
-    arguments = _parser().parse_args(argv)
-    for key, value in vars(arguments).items():
-        if key in PATHS and value:  # a shell leaves the ~ of --out=~/ages as it is
-            one = isinstance(value, str)
-            expanded = [os.path.expanduser(path) for path in ([value] if one else value)]
-            setattr(arguments, key, expanded[0] if one else expanded)
+    arguments = _parser().parse_args([_at_home(word) for word in argv])
     for written in ("out", "workdir"):
         if path := getattr(arguments, written, None):
             check_writable(Path(path), flag=f"--{written}")
@@ -56,9 +50,15 @@ def _run(argv: list[str]) -> int:
     return arguments.run(arguments) or 0
 
 
+def _at_home(word: str) -> str:
+    """A word of the command line with its ~ replaced: a shell leaves that of --out=~/ages."""
+    flag, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + os.path.expanduser(path)
+
+
 def check_writable(folder: Path, *, flag: str) -> None:
     """Raise ValueError where `folder` cannot be written into: before the work, not after it."""
-    folder = folder.expanduser().absolute()
+    folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"{there} is a file, so {folder} cannot be a folder: give another {flag}")

@@ -348,6 +348,8 @@ def _keep_other_splits(
 ) -> None:
     """Copies split files that were added to the old folder, without the pictures dropped now."""
     added = [path for path in (folder / "splits").glob("*.csv") if path.stem not in protocols]
+    if not added:
+        return
     labels, dropped = read_labels(partial), _dropped(partial)
     shorter = [
         f"splits/{path.name}"
