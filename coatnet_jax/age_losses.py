@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Real
 
 from coatnet_jax.ages import CLASS_STARTS, N_AGES, expected_age
@@ -127,8 +126,12 @@ def ordinal(outputs: Float[Array, "b 116"], target: Float[Array, "b 117"]) -> Fl
     With a weight vector for each k it is OR-CNN (Niu et al., CVPR 2016), with one that all k share
     and a bias for each it is CORAL (arXiv 1901.07884).
     """
+    from optax.losses import (
+        sigmoid_binary_cross_entropy,
+    )  # of use in a training alone, slow to come
+
     outputs = outputs.astype(jnp.float32)
-    return jnp.sum(optax.losses.sigmoid_binary_cross_entropy(outputs, tails(target)), axis=-1)
+    return jnp.sum(sigmoid_binary_cross_entropy(outputs, tails(target)), axis=-1)
 
 
 def ordinal_probabilities(outputs: Float[Array, "b 116"]) -> Float[Array, "b 117"]:

@@ -10,33 +10,37 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from coatnet_jax.age_losses import get_age_loss
 from coatnet_jax.augment import IMAGE_MEAN, IMAGE_STD, eval_view
 from coatnet_jax.config import read_config
-from coatnet_jax.heads import AgeModel
-from coatnet_jax.import_timm import classifier
-from coatnet_jax.models import create_backbone
-from coatnet_jax.optim import first_trained_stage
 from coatnet_jax.release_weights import is_released, load_released
 from coatnet_jax.sharding import gather, make_mesh, replicate, split_over
-from coatnet_jax.ssl.methods import create_siamese
 from coatnet_jax.traced import traced_once
-from coatnet_jax.train_state import init_variables
 from input_pipeline.face_crops import GEOMETRIES, Geometry
 
 if TYPE_CHECKING:
+    from flax import linen as nn
+
+    from coatnet_jax.heads import AgeModel
     from input_pipeline.pipeline import Faces
 
 
-def build_model(config: ml_collections.ConfigDict) -> nn.Module:
+def build_model(config: ml_collections.ConfigDict) -> "nn.Module":
     """The model of a run's config: SiameseModel for pre-training, AgeModel for fine-tuning.
 
     And for weights that were imported from timm (stage 'timm') its classifier.
     """
+    # Imported here: a photo's age from a traced program needs no model, and Flax with all
+    # architectures takes longer to import than the face to find.
+    from coatnet_jax.heads import AgeModel
+    from coatnet_jax.import_timm import classifier
+    from coatnet_jax.models import create_backbone
+    from coatnet_jax.optim import first_trained_stage
+    from coatnet_jax.ssl.methods import create_siamese
+
     options = {"drop_path": config.model.drop_path, "dtype": config.model.dtype}
     for name, default in (("remat", False), ("scan", False), ("attention", "xla")):
         # Left at its default, an option is not asked of the models that lack it.
@@ -85,7 +89,7 @@ VIEW = ("size", "mean", "std")  # static arguments of the steps, those of `image
 
 @partial(jax.jit, static_argnames=("model", *VIEW))
 def features_step(
-    variables: Any, images: UInt8[Array, "b h w 3"], *, model: nn.Module, **view: Any
+    variables: Any, images: UInt8[Array, "b h w 3"], *, model: "nn.Module", **view: Any
 ) -> Float[Array, "b d"]:
     """The backbone's pooled features of whole images."""
     return model.apply(variables, eval_view(images, **view), train=False)["features"]
@@ -96,7 +100,7 @@ def probabilities_step(
     variables: Any,
     images: UInt8[Array, "b h w 3"],
     *,
-    model: AgeModel,
+    model: "AgeModel",
     flip: bool,
     loss_name: str = "kl_l1",
     sides: tuple[float, ...] = (1.0,),
@@ -156,7 +160,7 @@ def predict_split(
 
 @partial(jax.jit, static_argnames=("model", *VIEW))
 def attributes_step(
-    variables: Any, images: UInt8[Array, "b h w 3"], *, model: AgeModel, **view: Any
+    variables: Any, images: UInt8[Array, "b h w 3"], *, model: "AgeModel", **view: Any
 ) -> Float[Array, "b 7"]:
     """Probabilities of the two genders and the five races, side by side."""
     out = model.apply(variables, eval_view(images, **view), train=False)
@@ -229,10 +233,12 @@ class Run:
     ) -> Float[np.ndarray, "n 117"]:
         """Probabilities of the ages 0-116. Raises ValueError for a pre-training run."""
         views = len(self.sides) * (1 + flip)
-        step = self._probabilities_step(flip)
         if self.programs and self.mesh.size == 1:
             key = f"probabilities {flip} {self.config.to_json(sort_keys=True)}"
-            step = traced_once(step, folder=self.programs, key=key)
+            make = partial(self._probabilities_step, flip)
+            step = traced_once(make, folder=self.programs, key=key)
+        else:
+            step = self._probabilities_step(flip)
         return apply_in_batches(
             step,
             self.variables,
@@ -303,6 +309,8 @@ def load_run(
 
 def random_run(config: ml_collections.ConfigDict, *, batch_size: int = 256) -> Run:
     """The same model with untrained weights, to compare with."""
+    from coatnet_jax.train_state import init_variables
+
     variables = init_variables(
         jax.random.key(config.seed), build_model(config), image_size=config.model.image_size
     )

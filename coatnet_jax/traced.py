@@ -20,8 +20,9 @@ DIGEST = hashlib.sha256().digest_size
 _loaded: dict[tuple, Callable] = {}
 
 
-def traced_once(step: Callable, *, folder: Path, key: str) -> Callable:
-    """`step`, traced only by the first process that calls it with arguments of these shapes.
+def traced_once(make: Callable[[], Callable], *, folder: Path, key: str) -> Callable:
+    """The step that `make()` gives, made and traced only by the first process that calls it with
+    arguments of these shapes.
 
     `key` tells it from other steps, also by what it closes over: a program in `folder` of the same
     key, shapes, kind of device, JAX and code of ours is taken for it unseen. What cannot be
@@ -35,7 +36,7 @@ def traced_once(step: Callable, *, folder: Path, key: str) -> Callable:
         wanted = (folder, key, shapes, tree, settings)
         if wanted not in _loaded:  # the file's name takes longer than a look at a few shapes
             path = folder / f"{_digest(*wanted[1:])}.stablehlo"
-            _loaded[wanted] = _read(path) or _traced(step, arguments, path)
+            _loaded[wanted] = _read(path) or _traced(make(), arguments, path)
         return _loaded[wanted](*arguments)
 
     return call

@@ -1,5 +1,7 @@
 """Traced programs on disk: what a second process takes over, and what it must not."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -13,11 +15,13 @@ from coatnet_jax.traced import traced_once
 
 
 class Steps:
-    """Makes steps, each new to JAX, and counts how often they are traced."""
+    """Makes steps, each new to JAX, and counts them and how often they are traced."""
 
-    count = 0
+    made = count = 0
 
     def new(self):
+        self.made += 1
+
         def step(weights, x):
             self.count += 1
             return jnp.tanh(x @ weights["w"])
@@ -40,14 +44,14 @@ def expected(weights, x):
 
 def test_a_second_process_does_not_trace(tmp_path, another_process):
     steps, weights, x = Steps(), *ARGUMENTS
-    call = traced_once(steps.new(), folder=tmp_path / "new", key="k")
+    call = traced_once(steps.new, folder=tmp_path / "new", key="k")
     np.testing.assert_allclose(call(weights, x), expected(weights, x), rtol=1e-6, atol=1e-6)
     another_process()
-    call = traced_once(steps.new(), folder=tmp_path / "new", key="k")
+    call = traced_once(steps.new, folder=tmp_path / "new", key="k")
     for scale in (1, -2):  # the weights are not part of what is kept
         other = {"w": scale * weights["w"]}
         np.testing.assert_allclose(call(other, 3 * x), expected(other, 3 * x), rtol=1e-6, atol=1e-6)
-    assert steps.count == 1
+    assert steps.made == steps.count == 1
     assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".stablehlo"]
 
 
@@ -55,7 +59,7 @@ def test_whatever_the_program_depends_on_has_its_own(tmp_path, another_process, 
     steps, weights, x = Steps(), *ARGUMENTS
 
     def call(x=x, key="k"):
-        return traced_once(steps.new(), folder=tmp_path, key=key)(weights, x)
+        return traced_once(steps.new, folder=tmp_path, key=key)(weights, x)
 
     call(), call()
     call(key="another")
@@ -77,20 +81,20 @@ def test_whatever_the_program_depends_on_has_its_own(tmp_path, another_process, 
 )
 def test_a_damaged_file_is_written_anew(tmp_path, another_process, damage):
     steps, (weights, x) = Steps(), ARGUMENTS
-    traced_once(steps.new(), folder=tmp_path, key="k")(weights, x)
+    traced_once(steps.new, folder=tmp_path, key="k")(weights, x)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     for _ in range(2):
         another_process()
-        found = traced_once(steps.new(), folder=tmp_path, key="k")(weights, x)
+        found = traced_once(steps.new, folder=tmp_path, key="k")(weights, x)
         np.testing.assert_allclose(found, expected(weights, x), rtol=1e-6, atol=1e-6)
     assert steps.count == 2 and len(path.read_bytes()) == len(whole)
 
 
 def test_what_cannot_be_written_is_computed_all_the_same(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    found = traced_once(Steps().new(), folder=tmp_path / "file", key="k")(*ARGUMENTS)
+    found = traced_once(Steps().new, folder=tmp_path / "file", key="k")(*ARGUMENTS)
     np.testing.assert_allclose(found, expected(*ARGUMENTS), rtol=1e-6)
 
 
@@ -99,9 +103,16 @@ def test_what_cannot_be_exported_is_computed_all_the_same(tmp_path):
         shape = jax.ShapeDtypeStruct((2, 3), "float32")
         return jax.pure_callback(expected, shape, weights, x)
 
-    found = traced_once(calls_python, folder=tmp_path, key="k")(*ARGUMENTS)
+    found = traced_once(lambda: calls_python, folder=tmp_path, key="k")(*ARGUMENTS)
     np.testing.assert_allclose(found, expected(*ARGUMENTS), rtol=1e-6)
     assert not list(tmp_path.iterdir())
+
+
+def test_predict_starts_without_what_only_a_training_needs():
+    slow = {"flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "sklearn"}
+    program = f"import sys, coatnet_jax.predict; print(*({slow} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\n", "")
 
 
 def test_a_run_answers_the_same_from_what_it_kept(
