@@ -1,6 +1,7 @@
 """What a training step carries: arrays only. The model and the optimizer are static arguments."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import flax
@@ -45,12 +46,18 @@ def _run_once(function: Callable, argument: Any) -> Any:
 
 def init_variables(rng: jax.Array, model: nn.Module, *, image_size: int) -> dict[str, Any]:
     """{'params', 'batch_stats'} of an untrained model for square images."""
+    return _run_once(_initializer(model, image_size), rng)
+
+
+@lru_cache(maxsize=16)
+def _initializer(model: nn.Module, image_size: int) -> Callable:
+    """The same function for the same model, for which it is then compiled once in a process."""
 
     def init(rng: jax.Array) -> dict[str, Any]:
         variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)), train=False)
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
-    return _run_once(init, rng)
+    return init
 
 
 def create_train_state(

@@ -71,8 +71,9 @@ def run_processes(kind, arguments, count=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # On a busy machine the processes meet late.
-    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_collective_timeout_seconds=600"}
+    one_device = " --xla_force_host_platform_device_count=1"
+    meet_late = " --xla_cpu_collective_timeout_seconds=600"  # as they do on a busy machine
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + one_device + meet_late}
     command = [sys.executable, "-m", "coatnet_jax.main", kind, *arguments]
     running = [
         subprocess.Popen(

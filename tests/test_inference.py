@@ -4,9 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from coatnet_jax import augment
+from coatnet_jax import augment, inference
 from coatnet_jax.config import load_config
-from coatnet_jax.inference import build_model, check_sides, random_run
+from coatnet_jax.inference import build_model, check_sides, random_run, sides_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles(small_atto):
+    small_atto(inference)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -41,7 +46,7 @@ def test_sides_that_are_no_shares_are_refused(sides):
 
 def test_runs_that_name_no_sides_see_the_whole_picture():
     config = load_config("finetune:atto,drawn,tiny")
-    assert random_run(config).sides == (1.0, 0.9)
+    assert sides_of(config) == (1.0, 0.9)
     with config.unlocked():
         del config.eval_sides
-    assert random_run(config).sides == (1.0,)
+    assert sides_of(config) == (1.0,)
