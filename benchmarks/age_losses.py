@@ -25,7 +25,7 @@ from coatnet_jax import evaluate, finetune
 from coatnet_jax.age_losses import AGE_LOSSES, get_age_loss
 from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.config import load_config
-from coatnet_jax.pages import markdown_table
+from coatnet_jax.pages import markdown_table, spread
 from coatnet_jax.paths import data_folder, home
 from coatnet_jax.stage import check_same_config
 
@@ -71,19 +71,13 @@ def scores(arguments: argparse.Namespace, loss: str, seed: int) -> dict | None:
 
 def table(found: dict[str, list[dict]]) -> list[dict[str, str]]:
     """One row for each loss, the least error first: mean ± standard deviation over the seeds."""
-
-    def over_seeds(runs: list[dict], key: str, digits: int) -> str:
-        values = [run[key] for run in runs]
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
-
     rows = sorted(found.items(), key=lambda item: statistics.mean(run["mae"] for run in item[1]))
     return [
         {
             "loss": loss,
             "runs": str(len(runs)),
-            "MAE, years": over_seeds(runs, "mae", 2),
-            "4 classes, %": over_seeds(runs, "accuracy", 1),
+            "MAE, years": spread([run["mae"] for run in runs]),
+            "4 classes, %": spread([run["accuracy"] for run in runs], digits=1),
             # The first run of a loss compiles, the others read that back.
             "minutes, quickest": f"{min(run['minutes'] for run in runs):.1f}",
         }

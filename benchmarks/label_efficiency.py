@@ -15,7 +15,6 @@ with more seeds too. The table and a picture are written after each pair of runs
 
 import argparse
 import csv
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from coatnet_jax import evaluate, finetune
 from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.bootstrap import paired_difference
 from coatnet_jax.config import load_config
-from coatnet_jax.pages import markdown_table, write_json
+from coatnet_jax.pages import markdown_table, spread, write_json
 from coatnet_jax.palette import BLUE, MUTED
 from coatnet_jax.paths import data_folder, home
 from coatnet_jax.plots import STYLE, save_figure
@@ -175,12 +174,6 @@ def table_row(row: Mapping) -> dict[str, str]:
         **{f"{name}, MAE": spread(row[side]) for side, (name, _) in SIDES.items()},
         "difference (95 %), years": f"{row['difference']:+.2f} ({low:+.2f} to {high:+.2f})",
     }
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation (n - 1)."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def picture(path: Path, rows: Sequence[Mapping]) -> None:

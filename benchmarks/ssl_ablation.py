@@ -12,7 +12,6 @@ is printed after each run and written to OUT/ssl_ablation.md.
 
 import argparse
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from coatnet_jax import pretrain
 from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.config import load_config
 from coatnet_jax.logs import MetricsLog
-from coatnet_jax.pages import markdown_table
+from coatnet_jax.pages import markdown_table, spread
 from coatnet_jax.paths import home
 
 # What is changed from the config's own value, which is among them for each.
@@ -95,11 +94,6 @@ def flat_value(config: ml_collections.ConfigDict, key: str):
 
 def table(found: Mapping[tuple[str, str], Sequence[Mapping[str, float]]]) -> list[dict[str, str]]:
     """One row for each value: mean ± standard deviation over the seeds."""
-
-    def spread(values: list[float]) -> str:
-        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{deviation}"
-
     return [
         {
             "setting": key,

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from coatnet_jax import explore_plots as draw
 from coatnet_jax.ages import CLASS_NAMES, age_class
 from coatnet_jax.logs import duration
+from coatnet_jax.losses import balanced_weights
 from coatnet_jax.pages import percent, write_csv, write_report
 from coatnet_jax.palette import GENDER_NAMES, RACE_NAMES
 from coatnet_jax.report import LOCAL
@@ -150,16 +151,6 @@ def label_rows(
     ]
 
 
-def balanced_weights(age: np.ndarray) -> list[float | None]:
-    """n / (classes that occur x pictures of the class), so that the mean over pictures is 1.
-
-    None for a class without pictures.
-    """
-    counts = np.bincount(age_class(age), minlength=len(CLASS_NAMES))
-    present = np.count_nonzero(counts)
-    return [len(age) / (present * int(n)) if n else None for n in counts]
-
-
 # --- sections ------------------------------------------------------------------------------------
 
 
@@ -191,10 +182,17 @@ def sample_blocks(faces: Faces, figures: Path) -> list[dict[str, Any]]:
 def age_blocks(table: Table, figures: Path) -> list[dict[str, Any]]:
     """The histogram of ages, the four classes, and the weight that balances each."""
     age = table["age"]
-    counts = np.bincount(age_class(age), minlength=len(CLASS_NAMES)).tolist()
+    of_class = age_class(age)
+    counts = np.bincount(of_class, minlength=len(CLASS_NAMES)).tolist()
+    weights = balanced_weights(of_class, len(CLASS_NAMES))
     rows = [
-        {"class": name, "pictures": n, "share": percent(n / len(age)), "balanced weight": weight}
-        for name, n, weight in zip(CLASS_NAMES, counts, balanced_weights(age), strict=True)
+        {
+            "class": name,
+            "pictures": n,
+            "share": percent(n / len(age)),
+            "balanced weight": weight if n else None,
+        }
+        for name, n, weight in zip(CLASS_NAMES, counts, weights, strict=True)
     ]
     note = (
         "Balanced weight: pictures / (classes that occur × pictures of the class). Always saying "

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,12 @@ def share_range(interval: Sequence[float]) -> str:
     """Two shares 0-1 as '52.1–55.8 %'."""
     low, high = (100 * share for share in interval)
     return f"{low:.1f}–{high:.1f} %"
+
+
+def spread(values: Sequence[float], *, digits: int = 2) -> str:
+    """The mean and standard deviation (n - 1) of some values as '5.21 ± 0.34', one as '5.21'."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

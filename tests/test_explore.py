@@ -60,12 +60,14 @@ def test_labels_csv_has_a_row_for_every_picture(drawn_page, drawn_root):
     assert counts == splits and all(float(row["sharpness"]) > 0 for row in rows)
 
 
-def test_balanced_weights_match_scikit_learn():
+def test_balanced_weights_of_the_classes_match_scikit_learn(tmp_path):
     age = np.random.default_rng(0).integers(0, 61, 300)  # no face above 60
     classes = age_class(age)
     expected = compute_class_weight("balanced", classes=np.unique(classes), y=classes)
-    np.testing.assert_allclose(explore.balanced_weights(age)[:3], expected)
-    assert explore.balanced_weights(age)[3] is None
+    blocks = explore.age_blocks({"age": age}, tmp_path)
+    weights = [row["balanced weight"] for row in next(b["table"] for b in blocks if "table" in b)]
+    np.testing.assert_allclose(weights[:3], expected)
+    assert weights[3] is None
 
 
 def test_blurred_and_enlarged_pictures_are_less_sharp():
