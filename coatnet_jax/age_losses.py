@@ -126,9 +126,8 @@ def ordinal(outputs: Float[Array, "b 116"], target: Float[Array, "b 117"]) -> Fl
     With a weight vector for each k it is OR-CNN (Niu et al., CVPR 2016), with one that all k share
     and a bias for each it is CORAL (arXiv 1901.07884).
     """
-    from optax.losses import (
-        sigmoid_binary_cross_entropy,
-    )  # of use in a training alone, slow to come
+    # Imported here: only trainings need Optax, which takes longer to import than a face to find.
+    from optax.losses import sigmoid_binary_cross_entropy
 
     outputs = outputs.astype(jnp.float32)
     return jnp.sum(sigmoid_binary_cross_entropy(outputs, tails(target)), axis=-1)

@@ -15,8 +15,8 @@ UNFINISHED = 3  # exit status of a training that was stopped and saved; the same
 def main(argv: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 wrong input (one line says which), 3 stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
-    # What comes with JAX, stays: Python would look through it for garbage again and again while it
-    # comes and once more at the end, which takes a third of the time that the import does.
+    # JAX's hundreds of thousands of objects stay to the end: Python would look through them for
+    # garbage again and again while they come and once more at exit, a third of the import's time.
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
     try:
