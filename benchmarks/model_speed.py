@@ -27,6 +27,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from coatnet_jax.allocator import keep_freed_memory
+
 SIDE = 4096  # of the matrices whose product stands for the peak
 WARM_UP = 6  # rounds; fresh pages can cost a step more than its arithmetic
 
@@ -36,8 +38,6 @@ class Ours:
 
     def __init__(self, name: str, size: int, batch: int, dtype: str, options: dict):
         from functools import partial
-
-        from coatnet_jax.allocator import keep_freed_memory
 
         keep_freed_memory()  # before JAX has threads, as the command line does
         # The contenders share one GPU, of which JAX would keep three quarters to itself.
@@ -124,8 +124,6 @@ class Timm:
     `allocator` it keeps freed memory as ours does."""
 
     def __init__(self, name: str, size: int, batch: int, dtype: str, options: dict):
-        from coatnet_jax.allocator import keep_freed_memory
-
         if options.get("allocator"):
             keep_freed_memory()
         import torch

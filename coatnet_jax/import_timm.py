@@ -15,6 +15,7 @@ import numpy as np
 from coatnet_jax.coatnet_rw import RW_VARIANTS
 from coatnet_jax.heads import ClassifierModel
 from coatnet_jax.models import create_backbone
+from coatnet_jax.weight_files import nested
 
 HEAD_DIM = 32  # of attention in all of timm's CoAtNets
 # Our modules inside a block, the stem or the head -> timm's; what is not here has the same name.
@@ -83,15 +84,9 @@ def import_timm(state: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
         raise ValueError(
             f"these are not the weights of timm's {name}: {'; '.join(differing[:4])}{more}"
         )
-    variables: dict[str, Any] = {}
-    for weight in weights:
-        *above, leaf = weight.path
-        tree = variables
-        for key in above:
-            tree = tree.setdefault(key, {})
-        value = np.asarray(state[weight.name], np.float32)
-        tree[leaf] = np.array(weight.convert(value), order="C")  # a copy: torch changes its own
-    return variables
+    arrays = {w.path: w.convert(np.asarray(state[w.name], np.float32)) for w in weights}
+    # Copies: torch changes its own.
+    return nested({path: np.array(array, order="C") for path, array in arrays.items()})
 
 
 def expected_weights(name: str, *, image_size: int = 224, classes: int = 1000) -> list[Weight]:

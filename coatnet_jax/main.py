@@ -15,10 +15,6 @@ UNFINISHED = 3  # exit status of a training that was stopped and saved; the same
 def main(argv: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 wrong input (one line says which), 3 stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
-    # JAX's hundreds of thousands of objects stay to the end: Python would look through them for
-    # garbage again and again while they come and once more at exit, a third of the import's time.
-    gc.set_threshold(50_000)
-    atexit.register(gc.freeze)
     try:
         sys.exit(_run(argv))
     except KeyboardInterrupt:
@@ -80,6 +76,10 @@ def _prepare_process() -> None:
     from coatnet_jax.paths import home
 
     keep_freed_memory()
+    # JAX's hundreds of thousands of objects stay to the end: Python would look through them for
+    # garbage again and again while they come and once more at exit, a third of the import's time.
+    gc.set_threshold(50_000)
+    atexit.register(gc.freeze)
     flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl's flags
     # What was compiled once is read back the next time: a resumed run starts in seconds.
     # But XLA crashes where it writes down what it compiled for several CPU devices.

@@ -1,6 +1,5 @@
 """The weights of a released folder: one file, with the parameters rounded to bfloat16."""
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from coatnet_jax.weight_files import read_metadata, read_weights, write_weights
+from coatnet_jax.weight_files import nested, read_metadata, read_weights, write_weights
 
 FILE = "weights.safetensors"
 PACKAGED = Path(__file__).parent / "released"  # the model that comes with the package
@@ -44,11 +43,7 @@ def load_released(folder: Path, *, which: str = "best") -> tuple[dict[str, Any],
 
 def _read(path: Path) -> tuple[dict[str, Any], int]:
     arrays, metadata = read_weights(path), read_metadata(path)
-    tree: dict[str, Any] = {}
-    for name, value in arrays.items():  # what Flax's unflatten_dict does, and is slow to come for
-        *parents, last = name.split("/")
-        node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
-        node[last] = np.asarray(value, np.float32)
+    tree = nested({tuple(k.split("/")): np.asarray(v, np.float32) for k, v in arrays.items()})
     if "params" not in tree or not metadata.get("step", "").isdigit():
         raise ValueError(f"{path} was not written by coatnet-jax release")
     return {"params": tree["params"], "batch_stats": tree.get("batch_stats", {})}, int(

@@ -36,7 +36,7 @@ class TrainState:
 
 
 def _run_once(function: Callable, argument: Any) -> Any:
-    """`function(argument)`, compiled for this one call: on a CPU without optimisation, which would
+    """`function(argument)`, compiled to run once: on a CPU without optimisation, which would
     cost seconds to save milliseconds."""
     on_cpu = jax.default_backend() == "cpu"
     traced = isinstance(jnp.zeros(()), jax.core.Tracer)  # where options of a compiler have no place

@@ -183,9 +183,10 @@ def saved_arrays(folder):
 
 def test_time_limit_stops_saves_and_resumes(drawn_root, pretrained, tmp_path, monkeypatch):
     config = tiny("pretrain", drawn_root, max_minutes=1e-6)
-    for _ in range(3):
-        assert not pretrain.run(config, tmp_path / "run")
-    assert pretrain.run(tiny("pretrain", drawn_root), tmp_path / "run")
+    stops = 0
+    while not pretrain.run(config, tmp_path / "run"):
+        stops += 1
+    assert stops >= 5
     same_weights(tmp_path / "run", pretrained)
 
 
