@@ -216,6 +216,9 @@ class Process:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
         self.process.start()
+
+    def wait(self) -> None:
+        """Until the contender is built."""
         self.compile_seconds = self._answer()
 
     def ask(self, *request):
@@ -234,7 +237,15 @@ class Process:
 
 
 def compare(
-    name: str, *, size: int, batch: int, dtype: str, rounds: int, scan: bool, cudnn: bool
+    name: str,
+    *,
+    size: int,
+    batch: int,
+    dtype: str,
+    rounds: int,
+    scan: bool,
+    cudnn: bool,
+    at_once: bool,
 ) -> None:
     """Prints the table of one model."""
     import importlib.util
@@ -254,11 +265,13 @@ def compare(
         print(
             "timm or torch is not installed (pip install -e '.[parity]'): no peer to compare with"
         )
-    # One after the other, so that compile times do not share the cores either.
     running, times = {}, {label: {"forward": [], "train": []} for label in contenders}
     for label, (make, options) in contenders.items():
-        with _left_out_if_it_fails(label, running):
-            running[label] = Process(make, name, size, batch, dtype, options)
+        running[label] = Process(make, name, size, batch, dtype, options)
+        if not at_once:  # so that compile times do not share the cores either
+            _wait(label, running)
+    for label in contenders if at_once else ():
+        _wait(label, running)
     for task in ("forward", "train"):
         for n in range(WARM_UP + rounds):
             for label, process in list(running.items()):
@@ -291,6 +304,11 @@ def compare(
         process.close()
 
 
+def _wait(label: str, running: dict[str, Process]) -> None:
+    with _left_out_if_it_fails(label, running):
+        running[label].wait()
+
+
 @contextlib.contextmanager
 def _left_out_if_it_fails(label: str, running: dict) -> Iterator[None]:
     """One contender without memory should not cost the table of the others."""
@@ -316,6 +334,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scan", action="store_true", help="ours with scanned blocks as well")
     parser.add_argument("--cudnn", action="store_true", help="ours with cuDNN attention as well")
+    parser.add_argument("--at-once", action="store_true", help="compile all at the same time")
     arguments = parser.parse_args()
     for name in arguments.models:
         compare(
@@ -326,6 +345,7 @@ def main() -> None:
             rounds=arguments.rounds,
             scan=arguments.scan,
             cudnn=arguments.cudnn,
+            at_once=arguments.at_once,
         )
 
 
