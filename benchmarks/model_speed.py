@@ -10,7 +10,8 @@ touch the other's; they take turns, and the table shows medians over the rounds 
 WARM_UP others, in which the allocators find a place for the largest buffers. Both train with
 AdamW on cross-entropy over 1,000 classes, and neither drops paths. timm runs channels_last: on the
 CPU eager, as PyTorch comes and with the settings of the allocator that ours makes for itself and
-that help it as much; on a GPU under autocast (with bfloat16), eager and through torch.compile.
+that help it as much; on a GPU under autocast (with bfloat16), eager and through torch.compile,
+which then makes attention's kernels too.
 Memory is the peak of the process on the CPU, of the device's arrays on a GPU. TFLOP/s count two for
 each multiply-add of the network, a training step as three forward passes; `peak` is what a large
 matrix product of the same type reaches in the same run.
@@ -28,6 +29,7 @@ import time
 from collections.abc import Iterator
 
 from coatnet_jax.allocator import keep_freed_memory
+from coatnet_jax.xla_flags import use_cublas
 
 SIDE = 4096  # of the matrices whose product stands for the peak
 WARM_UP = 6  # rounds; fresh pages can cost a step more than its arithmetic
@@ -39,7 +41,9 @@ class Ours:
     def __init__(self, name: str, size: int, batch: int, dtype: str, options: dict):
         from functools import partial
 
-        keep_freed_memory()  # before JAX has threads, as the command line does
+        # Before JAX is imported, as the command line does.
+        keep_freed_memory()
+        use_cublas()
         # The contenders share one GPU, of which JAX would keep three quarters to itself.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax
@@ -138,6 +142,9 @@ class Timm:
         if dtype == "float32" and on_gpu:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         sized = {} if size == 224 else {"img_size": size}
+        if options.get("compiled"):
+            # Its kernel wants a bias of another layout than torch.compile gives, and is refused.
+            timm.layers.set_fused_attn(False)
         model = timm.create_model(f"{name}_224", drop_path_rate=0.0, **sized)
         model = model.to(self.place, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.05)

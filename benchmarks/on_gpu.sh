@@ -3,19 +3,26 @@
 # timm, then SimCLR, fine-tuning and evaluation of one model on UTKFace in bfloat16.
 #
 #     benchmarks/on_gpu.sh OUT utkface-0*.tar                      # once, or again until it says done
-#     MODEL=coatnet_1 SIZE=160 MINUTES=25 benchmarks/on_gpu.sh OUT utkface.zip
+#     MODEL=micro MINUTES=25 FINETUNE_FLAGS=--config.epochs=100 benchmarks/on_gpu.sh OUT utkface.zip
 #
 # The same command goes on where the last one ended: finished steps are skipped, a training resumes
 # from its checkpoint. Stops by itself after MINUTES (default 9) with status 3. OUT/NAME.log is what
-# step NAME printed. Needs `pip install '.[cuda13,parity]'`, or cuda12.
+# step NAME printed. The epochs are meant for a card that is lent for a quarter of an hour.
+# Needs `pip install '.[cuda13,parity]'`, or cuda12.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 mapfile -t pictures < <(realpath "${@:2}")
 cd "$(dirname "$0")/.."
 model=${MODEL:-coatnet_0} size=${SIZE:-128} end=$((SECONDS + 60 * ${MINUTES:-9}))
 stored=$((size * 5 / 4)) # pixels that the views are cropped from
 export COATNET_JAX_HOME=${COATNET_JAX_HOME:-$out/home}
+# What the commands do by themselves, for the benchmarks that import JAX first.
+XLA_FLAGS=$(python -c 'import os
+from coatnet_jax.xla_flags import use_cublas
+use_cublas()
+print(os.environ.get("XLA_FLAGS", ""))')
+export XLA_FLAGS
 mkdir -p "$out"
 
 once() { # NAME COMMAND…: runs it and keeps its log, unless that was done before
@@ -29,21 +36,27 @@ once() { # NAME COMMAND…: runs it and keeps its log, unless that was done befo
     touch "$out/$name.done"
 }
 
-train() { # STAGE FLAGS…: for as many minutes as are left
-    local stage=$1 left=$(((end - SECONDS) / 60))
-    shift
+train() { # STAGE PIXELS FLAGS…: for as many minutes as are left
+    local stage=$1 pixels=$2 left=$(((end - SECONDS) / 60))
+    shift 2
     once "$stage" coatnet-jax "$stage" --config="$stage:$model,bf16" --workdir="$out/$stage" \
-        --config.max_minutes="$((left > 1 ? left : 1))" --config.model.image_size="$size" \
-        --config.data.image_size="$stored" --config.data.cache=device "$@"
+        --config.max_minutes="$((left > 1 ? left : 1))" --config.model.image_size="$pixels" \
+        --config.data.image_size="$stored" --config.data.cache=device \
+        --config.data.splits=82_3_15 --config.monitor.every_epochs=10 "$@"
 }
 
-once precision python benchmarks/precision.py --models "$model"
-once speed python benchmarks/model_speed.py --models "$model" --batch 256 --dtype bfloat16
-once speed_256 python benchmarks/model_speed.py --models "$model" --batch 256 --dtype bfloat16 \
-    --image-size 256 --cudnn
+# Alone on the card and compiled at once, which is most of the time. timm has no micro and no atto.
+timed=$(case $model in micro | atto) echo coatnet_0 ;; *) echo "$model" ;; esac)
+once speed python benchmarks/model_speed.py --models "$timed" --batch 64 --dtype bfloat16 \
+    --rounds 30 --at-once
+once speed_256 python benchmarks/model_speed.py --models "$timed" --batch 64 --dtype bfloat16 \
+    --image-size 256 --cudnn --rounds 30 --at-once
+once precision python benchmarks/precision.py --models "$timed"
 once prepare coatnet-jax prepare "${pictures[@]}"
-train pretrain ${PRETRAIN_FLAGS:-}
+train pretrain $((size * 3 / 4)) ${PRETRAIN_FLAGS:---config.epochs=40}
 once embed coatnet-jax embed "$out/pretrain" --no-faces
-train finetune --config.init_from="$out/pretrain" ${FINETUNE_FLAGS:-}
+train finetune "$size" --config.init_from="$out/pretrain" --config.optim.layer_decay=1 \
+    --config.augment.blur_prob=0.3 --config.augment.sharpen_prob=0.3 \
+    --config.data.label_noise=widen ${FINETUNE_FLAGS:---config.epochs=60}
 once evaluate coatnet-jax evaluate "$out/finetune" --no-faces
 echo "done: $out"

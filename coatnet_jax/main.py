@@ -74,8 +74,10 @@ def _prepare_process() -> None:
 
     from coatnet_jax.allocator import keep_freed_memory
     from coatnet_jax.paths import home
+    from coatnet_jax.xla_flags import use_cublas
 
     keep_freed_memory()
+    use_cublas()
     # JAX's hundreds of thousands of objects stay to the end: Python would look through them for
     # garbage again and again while they come and once more at exit, a third of the import's time.
     gc.set_threshold(50_000)

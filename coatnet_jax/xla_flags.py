@@ -1,0 +1,41 @@
+"""Settings of XLA's compiler for NVIDIA GPUs, made before JAX is imported."""
+
+import importlib.util
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+TRITON = "xla_gpu_enable_triton_gemm"
+
+
+def use_cublas() -> bool:
+    """Have XLA leave matrix products to cuBLAS; whether the flag was set.
+
+    By default it compiles and times dozens of Triton kernels for each shape of product: SimCLR's
+    step of coatnet_0 was not compiled after five minutes of an H100's 16 CPU cores, and a notebook
+    has two. Left as it is without JAX's CUDA plugin, where XLA_FLAGS names the flag already, and
+    where the installed XLA does not know it: an unknown flag ends the process.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    plugins = list(_libraries("jax_plugins", "xla_cuda*/*.so"))
+    if not plugins or TRITON in flags:
+        return False
+    # The CPU's XLA, in jaxlib, reads XLA_FLAGS too.
+    if not (any(map(_names_it, _libraries("jaxlib", "*.so"))) and all(map(_names_it, plugins))):
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} --{TRITON}=false".strip()
+    return True
+
+
+def _libraries(package: str, pattern: str) -> Iterator[Path]:
+    spec = importlib.util.find_spec(package)  # finds it and does not import it
+    for folder in spec.submodule_search_locations or () if spec else ():
+        yield from Path(folder).glob(pattern)
+
+
+def _names_it(library: Path) -> bool:
+    if not library.stat().st_size:  # which cannot be mapped
+        return False
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+        return code.find(TRITON.encode()) >= 0
