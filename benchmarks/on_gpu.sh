@@ -4,13 +4,14 @@
 #
 #     benchmarks/on_gpu.sh OUT utkface-0*.tar                      # once, or again until it says done
 #     MODEL=micro MINUTES=25 FINETUNE_FLAGS=--config.epochs=100 benchmarks/on_gpu.sh OUT utkface.zip
+#     SPLITS=21_60_val PREPARE_FLAGS=--splits=21_60=$PWD/table.csv benchmarks/on_gpu.sh OUT utkface-0*.tar
 #
 # The same command goes on where the last one ended: finished steps are skipped, a training resumes
 # from its checkpoint. Stops by itself after MINUTES (default 9) with status 3. OUT/NAME.log is what
 # step NAME printed. The epochs are meant for a card that is lent for a quarter of an hour.
 # Needs `pip install '.[cuda13,parity]'`, or cuda12.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 mapfile -t pictures < <(realpath "${@:2}")
 cd "$(dirname "$0")/.."
@@ -42,7 +43,7 @@ train() { # STAGE PIXELS FLAGS…: for as many minutes as are left
     once "$stage" coatnet-jax "$stage" --config="$stage:$model,bf16" --workdir="$out/$stage" \
         --config.max_minutes="$((left > 1 ? left : 1))" --config.model.image_size="$pixels" \
         --config.data.image_size="$stored" --config.data.cache=device \
-        --config.data.splits=82_3_15 --config.monitor.every_epochs=10 "$@"
+        --config.data.splits="${SPLITS:-82_3_15}" --config.monitor.every_epochs=10 "$@"
 }
 
 # Alone on the card and compiled at once, which is most of the time. timm has no micro and no atto.
@@ -52,7 +53,7 @@ once speed python benchmarks/model_speed.py --models "$timed" --batch 64 --dtype
 once speed_256 python benchmarks/model_speed.py --models "$timed" --batch 64 --dtype bfloat16 \
     --image-size 256 --cudnn --rounds 30 --at-once
 once precision python benchmarks/precision.py --models "$timed"
-once prepare coatnet-jax prepare "${pictures[@]}"
+once prepare coatnet-jax prepare "${pictures[@]}" ${PREPARE_FLAGS:-}
 train pretrain $((size * 3 / 4)) ${PRETRAIN_FLAGS:---config.epochs=40}
 once embed coatnet-jax embed "$out/pretrain" --no-faces
 train finetune "$size" --config.init_from="$out/pretrain" --config.optim.layer_decay=1 \
