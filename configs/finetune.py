@@ -14,7 +14,7 @@ The argument after the colon is a list of words, the first one the model:
     bf16       bfloat16 compute with float32 parameters
     tiny       a few steps, seconds: to see that everything runs
 
-Without `init_from` the same recipe trains from scratch (set `optim.layer_decay=1`).
+Without `init_from` the same recipe trains from scratch (larger models: set `optim.layer_decay=1`).
 """
 
 import ml_collections
@@ -130,6 +130,8 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
         # Small models are underfitted by what larger ones need (docs/results.md, D and D2).
         config.model.drop_path, config.mixup = 0.0, 0.0
         augment.erase_prob, augment.jitter = 0.1, 0.2
+        if "cpu" not in words:
+            optim.lr, optim.layer_decay = 1e-3, 1.0  # those of U
     if "drawn" in words:
         data.name, data.image_size = "drawn", 64
         config.model.image_size = 48
