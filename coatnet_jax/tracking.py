@@ -14,8 +14,8 @@ Tracker = Callable[..., None]
 def open_trackers(config: ml_collections.ConfigDict, workdir: Path) -> list[Tracker]:
     """A function `(step, split, metrics)` for each name in `config.track`, separated by commas.
 
-    TensorBoard files go to `workdir`/tensorboard. Raises ValueError for another name, or where the
-    package is not installed.
+    TensorBoard files go to `workdir`/tensorboard. Raises ValueError for another name, where the
+    package is not installed, and where Weights & Biases refuses the run.
     """
     names = [name for name in config.get("track", "").split(",") if name]
     return [_tracker(name, config, workdir) for name in names]
@@ -45,14 +45,20 @@ def _tracker(name: str, config: ml_collections.ConfigDict, workdir: Path) -> Tra
             workdir.mkdir(parents=True, exist_ok=True)
             told.write_text(uuid.uuid4().hex[:12])
         package.finish()  # of the short run before, where `tune` makes many in one process
-        run = package.init(
-            project="coatnet-jax",
-            name=workdir.name,
-            id=told.read_text(),
-            resume="allow",
-            dir=str(workdir),
-            config=config.to_dict(),
-        )
+        try:
+            run = package.init(
+                project="coatnet-jax",
+                name=workdir.name,
+                id=told.read_text(),
+                resume="allow",
+                dir=str(workdir),
+                config=config.to_dict(),
+            )
+        except package.Error as error:
+            raise ValueError(
+                f"config.track=wandb: {error} Log in with `wandb login`, set WANDB_MODE=offline in "
+                "the environment, or leave it out"
+            ) from None
 
         def track(step: int, split: str, metrics: dict[str, float]) -> None:
             run.log({f"{split}/{key}": value for key, value in metrics.items()}, step=step)

@@ -69,7 +69,9 @@ def test_wandb_runs_go_on_where_they_are_resumed_and_are_others_elsewhere(tmp_pa
         calls.append(told["id"])
         return SimpleNamespace(log=lambda *_, **__: None)
 
-    package = SimpleNamespace(init=init, finish=lambda: calls.append("finish"))
+    package = SimpleNamespace(
+        init=init, finish=lambda: calls.append("finish"), Error=ConnectionError
+    )
     monkeypatch.setitem(sys.modules, "wandb", package)
     config = ml_collections.ConfigDict({"track": "wandb"})
     for folder in ("here/finetune", "here/finetune", "there/finetune"):
@@ -77,6 +79,19 @@ def test_wandb_runs_go_on_where_they_are_resumed_and_are_others_elsewhere(tmp_pa
     assert calls[::2] == ["finish"] * 3  # of one process: each is closed before the next
     first, again, elsewhere = calls[1::2]
     assert first == again != elsewhere
+
+
+def test_wandb_that_refuses_a_run_is_told_in_one_line(tmp_path, monkeypatch):
+    class UsageError(Exception):
+        pass
+
+    def init(**_):
+        raise UsageError("No API key configured.")
+
+    package = SimpleNamespace(init=init, finish=lambda: None, Error=UsageError)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    with pytest.raises(ValueError, match="No API key.*wandb login.*WANDB_MODE=offline"):
+        open_trackers(ml_collections.ConfigDict({"track": "wandb"}), tmp_path)
 
 
 def test_tracker_without_its_package_is_refused_in_one_line(tmp_path, monkeypatch):
