@@ -15,7 +15,7 @@ def use_cublas() -> bool:
     By default it compiles and times dozens of Triton kernels for each shape of product: coatnet_0's
     steps of SimCLR and of fine-tuning, side by side, were not compiled after five minutes of 16 CPU
     cores, and a notebook has two. Left as it is without JAX's CUDA plugin, where XLA_FLAGS names
-    the flag already, and where the installed XLA does not know it: an unknown flag ends the process.
+    the flag already, and where the installed XLA does not know it: unknown flags end the process.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     plugins = list(_libraries("jax_plugins", "xla_cuda*/*.so"))
