@@ -70,17 +70,22 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(
         label_efficiency.run_errors(arguments, "pretrained", 10, 0)
 
 
-def test_speed_is_told_of_the_contenders_that_run(capsys, monkeypatch):
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("task", ["build", "train"])
+def test_speed_is_told_of_the_contenders_that_run(task, at_once, capsys, monkeypatch):
     model_speed = importlib.import_module("model_speed")
 
     class Process:
         compile_seconds = {"forward": 1.0, "train": 1.0}
 
-        def __init__(self, make, *_):
-            self.timm = make is model_speed.Timm
+        def __init__(self, make, *arguments):
+            self.fails = make is model_speed.Timm and not arguments[-1]  # as PyTorch comes
+
+        def wait(self):
+            self.ask("build")
 
         def ask(self, request, *_):
-            if self.timm and request == "train":
+            if self.fails and request == task:
                 raise RuntimeError("out of memory")
             return {"device": "cpu"}.get(request, 1.0)
 
@@ -91,10 +96,11 @@ def test_speed_is_told_of_the_contenders_that_run(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(model_speed, "_has_cuda", lambda: False)
     options = {"size": 32, "batch": 2, "dtype": "float32", "rounds": 1}
-    model_speed.compare("coatnet_0", **options, scan=False, cudnn=False)
+    model_speed.compare("coatnet_0", **options, scan=False, cudnn=False, at_once=at_once)
     printed = capsys.readouterr().out
     assert printed.count("timm is left out: out of memory") == 1
     assert "| ours | train | 500.00 | 2.0 | - |" in printed and "| timm |" not in printed
+    assert "| timm, our allocator | train |" in printed
 
 
 def test_few_labels_are_spread_over_the_ages(label_efficiency, drawn_root):
