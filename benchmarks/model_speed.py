@@ -273,12 +273,14 @@ def compare(
             "timm or torch is not installed (pip install -e '.[parity]'): no peer to compare with"
         )
     running, times = {}, {label: {"forward": [], "train": []} for label in contenders}
-    for label, (make, options) in contenders.items():
-        running[label] = Process(make, name, size, batch, dtype, options)
-        if not at_once:  # so that compile times do not share the cores either
-            _wait(label, running)
-    for label in contenders if at_once else ():
-        _wait(label, running)
+    # One after the other unless asked otherwise, so that compile times do not share the cores.
+    for group in [list(contenders)] if at_once else [[label] for label in contenders]:
+        for label in group:
+            make, options = contenders[label]
+            running[label] = Process(make, name, size, batch, dtype, options)
+        for label in group:
+            with _left_out_if_it_fails(label, running):
+                running[label].wait()
     for task in ("forward", "train"):
         for n in range(WARM_UP + rounds):
             for label, process in list(running.items()):
@@ -311,11 +313,6 @@ def compare(
         process.close()
 
 
-def _wait(label: str, running: dict[str, Process]) -> None:
-    with _left_out_if_it_fails(label, running):
-        running[label].wait()
-
-
 @contextlib.contextmanager
 def _left_out_if_it_fails(label: str, running: dict) -> Iterator[None]:
     """One contender without memory should not cost the table of the others."""
@@ -335,25 +332,16 @@ def _has_cuda() -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["coatnet_0"])
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--image-size", dest="size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scan", action="store_true", help="ours with scanned blocks as well")
     parser.add_argument("--cudnn", action="store_true", help="ours with cuDNN attention as well")
     parser.add_argument("--at-once", action="store_true", help="compile all at the same time")
-    arguments = parser.parse_args()
-    for name in arguments.models:
-        compare(
-            name,
-            size=arguments.image_size,
-            batch=arguments.batch,
-            dtype=arguments.dtype,
-            rounds=arguments.rounds,
-            scan=arguments.scan,
-            cudnn=arguments.cudnn,
-            at_once=arguments.at_once,
-        )
+    options = vars(parser.parse_args())
+    for name in options.pop("models"):
+        compare(name, **options)
 
 
 if __name__ == "__main__":

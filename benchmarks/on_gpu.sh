@@ -18,12 +18,6 @@ cd "$(dirname "$0")/.."
 model=${MODEL:-coatnet_0} size=${SIZE:-128} end=$((SECONDS + 60 * ${MINUTES:-9}))
 stored=$((size * 5 / 4)) # pixels that the views are cropped from
 export COATNET_JAX_HOME=${COATNET_JAX_HOME:-$out/home}
-# What the commands do by themselves, for the benchmarks that import JAX first.
-XLA_FLAGS=$(python -c 'import os
-from coatnet_jax.xla_flags import use_cublas
-use_cublas()
-print(os.environ.get("XLA_FLAGS", ""))')
-export XLA_FLAGS
 mkdir -p "$out"
 
 once() { # NAME COMMAND…: runs it and keeps its log, unless that was done before

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.models import create_backbone
 from coatnet_jax.pages import markdown_table
+from coatnet_jax.xla_flags import use_cublas
 
 EXACT = ("float32", "xla", "highest")
 OTHERS = {
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
     keep_freed_memory()
+    use_cublas()
     print(f"{jax.devices()[0].device_kind}, {arguments.image_size} px, batch {arguments.batch}\n")
     rows = []
     for name in arguments.models:

@@ -1,4 +1,4 @@
-"""Settings of XLA's compiler for NVIDIA GPUs, made before JAX is imported."""
+"""Settings of XLA's compiler for NVIDIA GPUs, made before JAX looks for its devices."""
 
 import importlib.util
 import mmap
