@@ -281,6 +281,7 @@ def compare(
         for label in group:
             with _left_out_if_it_fails(label, running):
                 running[label].wait()
+    print(f"{name}: {', '.join(running)} built; {rounds} rounds follow", flush=True)
     for task in ("forward", "train"):
         for n in range(WARM_UP + rounds):
             for label, process in list(running.items()):

@@ -22,7 +22,9 @@ from coatnet_jax.losses import balanced_weights, cross_entropy
 from coatnet_jax.metrics import accuracy, mae
 from coatnet_jax.progressive import check_sizes, growing_step, params_for
 from coatnet_jax.rand_augment import check_rand_augment
+from coatnet_jax.sharding import replicate
 from coatnet_jax.stage import Setting, open_stage, run_stage
+from coatnet_jax.teachers import Teacher, check_teachers, open_teachers, teachers_answer
 from coatnet_jax.train_state import TrainState, apply_gradients, init_variables
 
 
@@ -33,7 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
 
 def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting:
     """The checked config, the faces and the schedule of a fine-tuning; ValueError as `open_stage`,
-    and for an unknown loss or an age that no loss knows."""
+    for an unknown loss or an age that no loss knows, and as `check_teachers`."""
     # What is misspelled should fail before anything is loaded.
     get_age_loss(config.loss.name)
     get_decoder(config.loss.get("decode", "median"))
@@ -44,6 +46,7 @@ def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting
     check_rand_augment(
         augment.get("rand_augment_ops", 0), augment.get("rand_augment_magnitude", 9.0)
     )
+    check_teachers(config)
     setting = open_stage(config, workdir, patience=config.monitor.patience)
     check_ages(setting.train_faces.labels["age"], "the training split")
     check_ages(setting.validation_faces.labels["age"], "the validation split")
@@ -77,8 +80,12 @@ def train(setting: Setting, *, trackers: Sequence[Callable] = (), traced_rates=F
     for size in sizes:  # what the model cannot take should fail before anything is trained
         jax.eval_shape(partial(init_variables, model=model, image_size=size), jax.random.key(0))
 
+    teachers, weights = open_teachers(config)
+    weights = replicate(weights, setting.mesh)
+
     def make_step(tx: optax.GradientTransformation) -> Any:
-        step = partial(_make_step, config, labels, model=model, tx=tx)
+        step = partial(_make_step, config, labels, model=model, tx=tx, teachers=teachers)
+        step = partial(step, teacher_variables=weights)
         if not sizes:
             return step(config.model.image_size)
         return growing_step(step, sizes, total_steps=steps, name=config.stage)
@@ -105,6 +112,8 @@ def _make_step(
     *,
     model: AgeModel,
     tx: optax.GradientTransformation,
+    teachers: tuple[Teacher, ...],
+    teacher_variables: tuple,
 ) -> Any:
     """The train step of a config for views of `size` pixels; `labels` are the training split's."""
     balanced = config.loss.get("balanced", False)
@@ -120,6 +129,9 @@ def _make_step(
         gender_classes=balanced_weights(labels["gender"], N_GENDERS) if balanced else None,
         race_classes=balanced_weights(labels["race"], N_RACES) if balanced else None,
         mixup_alpha=config.mixup,
+        teachers=teachers,
+        teacher_variables=teacher_variables,
+        teacher_weight=config.get("distill", {}).get("weight", 0.0) if teachers else 0.0,
         ema=config.ema,
         smaller=size != config.model.image_size,
     )
@@ -136,7 +148,7 @@ def training_view(config: ml_collections.ConfigDict, size: int) -> Callable:
     jax.jit,
     static_argnames=(
         "model tx view loss_name sigma gender_weight race_weight "
-        "gender_classes race_classes mixup_alpha ema smaller".split()
+        "gender_classes race_classes mixup_alpha teachers teacher_weight ema smaller".split()
     ),
     donate_argnames="state",
 )
@@ -155,13 +167,17 @@ def finetune_train_step(
     ema: float,
     gender_classes: tuple[float, ...] | None = None,
     race_classes: tuple[float, ...] | None = None,
+    teachers: tuple[Teacher, ...] = (),
+    teacher_variables: tuple = (),
+    teacher_weight: float = 0.0,
     smaller: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One supervised step on a batch of `image`, `age`, `gender`, `race`: (state, metrics).
 
     Where the batch has `ages` [b, k], the label is the mean of those of all these ages (-1: none).
-    `gender_classes` and `race_classes` weigh the classes (`balanced_weights`; None: all 1). `mae`
-    is that of the expected age against the (mixed) label's, in years, on the augmented views.
+    `gender_classes` and `race_classes` weigh the classes (`balanced_weights`; None: all 1). Of the
+    age's label `teacher_weight` is what `teachers` say of the view. `mae` is that of the expected
+    age against the (mixed) label's without them, in years, on the augmented views.
     With `smaller` the views are smaller than the images that the parameters belong to.
     """
     rng_view, rng_mixup, rng_dropout = jax.random.split(
@@ -176,6 +192,9 @@ def finetune_train_step(
         "years": mean_label(ages, partial(age_distribution, sigma=0)),
     }
     images, targets = mixup(rng_mixup, view(rng_view, batch["image"]), targets, alpha=mixup_alpha)
+    if teachers:
+        answer = teachers_answer(teachers, teacher_variables, images)
+        targets["age"] += teacher_weight * (answer - targets["age"])
 
     def loss_fn(params):
         seen = params_for(params, images, model=model) if smaller else params

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import ml_collections
+
 from coatnet_jax.config import read_config, read_json
 
 
@@ -10,13 +12,30 @@ def stages_before(run_dir: str | Path) -> list[dict[str, Any]]:
     """The stages before a run's own, the first one first: stage, image_size, data, splits,
     fingerprint, epochs, and method of a pre-training; of timm's weights the name.
 
-    They are those that its run.json tells, as that of a released model does, or else found by
-    following `init_from`. Raises ValueError where the folder of one is gone.
+    They are those that its run.json tells, as that of a released model does, or else those of
+    `stages_behind`. Raises ValueError where the folder of one is gone.
     """
     run_dir = Path(run_dir)
     if told := read_json(run_dir / "run.json", optional=True).get("before"):
         return told
-    return stages_until(read_config(run_dir / "config.json").get("init_from", ""))
+    return stages_behind(read_config(run_dir / "config.json"))
+
+
+def stages_behind(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
+    """The stages that a run of this config starts from, and then those of its teachers, which say
+    under `teacher` whose model that is. Raises ValueError as `stages_before` does."""
+    before = stages_until(config.get("init_from", ""))
+    for folder in teacher_folders(config):
+        stages = stages_until(str(folder))
+        name = read_config(folder / "config.json").model.name
+        before += [{**stage, "teacher": stage.get("teacher", name)} for stage in stages]
+    return before
+
+
+def teacher_folders(config: ml_collections.ConfigDict) -> tuple[Path, ...]:
+    """The runs whose answers a run of this config learns from; most have none."""
+    named = config.get("distill", {}).get("teachers", "").split(",")
+    return tuple(Path(name.strip()).expanduser() for name in named if name.strip())
 
 
 def stages_until(run_dir: str) -> list[dict[str, Any]]:
@@ -31,7 +50,7 @@ def stages_until(run_dir: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(
             f"{path} is missing, which says where the weights come from: put the folder of the run "
-            "back, or correct init_from in the config.json of the run after it"
+            "back, or correct its name in the config.json of the run after it"
         )
     config = read_config(path)
     run = read_json(run_dir / "run.json", optional=True)

@@ -17,7 +17,7 @@ import ml_collections
 
 from coatnet_jax.config import read_json, save_config
 from coatnet_jax.distributed import is_main
-from coatnet_jax.lineage import stages_until
+from coatnet_jax.lineage import stages_behind
 
 PACKAGES = ("coatnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -38,7 +38,7 @@ def write_run_info(
     }
     # Kept here, so that it is still known where the folders of those are moved or deleted.
     with suppress(ValueError):  # one is gone already
-        info["before"] = stages_until(config.get("init_from", ""))
+        info["before"] = stages_behind(config)
     (workdir / "run.json").write_text(json.dumps(info, indent=2) + "\n")
 
 

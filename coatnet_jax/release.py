@@ -61,6 +61,8 @@ def write_release(
         (out / name).unlink(missing_ok=True)
     save_weights(out / FILE, variables, step=step)
     config.data.root, config.init_from, config.init_head = "", "", False
+    if "distill" in config:
+        config.distill.teachers = ""
     save_config(config, out / "config.json")
     run = {key: told[key] for key in KEPT if key in told} | {"before": before, "step": step}
     run["finished"] = told.get("finished", is_released(run_dir))

@@ -43,7 +43,10 @@ def release_card(
 
 def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
     before = run.get("before", [])
-    start = f"after {' and '.join(map(_stage, before))}" if before else "from random weights"
+    own = [stage for stage in before if "teacher" not in stage]
+    start = f"after {' and '.join(map(_stage, own))}" if own else "from random weights"
+    taught = dict.fromkeys(stage["teacher"] for stage in before if "teacher" in stage)
+    teachers = f", its labels mixed with the answers of {' and '.join(taught)}" if taught else ""
     outside = any(stage["stage"] == "timm" for stage in before)
     stopped = "" if run.get("finished", True) else f", stopped at step {run['step']}"
     minutes = f", {run['wall_seconds'] / 60:.0f} minutes" if "wall_seconds" in run else ""
@@ -52,7 +55,7 @@ def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
     return (
         f"{run['parameters'] / 1e6:.2f} M parameters, kept in bfloat16{mean}. Fine-tuned on "
         f"{training_split(config.data.name, config.data.splits)} for {config.epochs:g} "
-        f"epochs{stopped}, {start}"
+        f"epochs{stopped}, {start}{teachers}"
         f"{'' if outside else ', with no outside weights or labels'}; seed {config.seed}, data "
         f"fingerprint `{run['data_fingerprint'][:16]}`, revision `{run['git_revision']}`, "
         f"{', '.join(run['devices'])}{minutes}. Its answer is the "

@@ -22,7 +22,8 @@ STAGES = (("pretrain", "Pre-training"), ("finetune", "Fine-tuning"))
 HYPERPARAMETERS = (
     "model.name", "model.image_size", "model.dtype", "model.drop_path", "epochs", "batch_size",
     "optim.name", "optim.lr", "optim.weight_decay", "optim.warmup_epochs", "optim.layer_decay",
-    "loss.name", "loss.temperature", "loss.sigma", "mixup", "ema", "init_from", "seed",
+    "loss.name", "loss.temperature", "loss.sigma", "mixup", "ema", "init_from", "distill.teachers",
+    "seed",
 )  # fmt: skip
 
 _read_optional = partial(read_json, optional=True)

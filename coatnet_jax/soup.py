@@ -32,6 +32,7 @@ from coatnet_jax.config import flat, read_config, read_json
 from coatnet_jax.finetune import training_view
 from coatnet_jax.inference import Run, build_model, predict_split
 from coatnet_jax.leaks import training_splits
+from coatnet_jax.lineage import teacher_folders
 from coatnet_jax.logs import update_run_info, write_run_info
 from coatnet_jax.metrics import mae
 from coatnet_jax.release_weights import is_released
@@ -255,10 +256,12 @@ def _read_alike(paths: Sequence[Path]) -> tuple[list[ml_collections.ConfigDict],
 
 
 def _origin(config: ml_collections.ConfigDict, told: dict[str, Any]) -> Any:
-    """What the weights of a run come from: a folder, and whether the head does too, or of a
-    released run the stages before."""
-    if config.init_from:
-        return Path(config.init_from).resolve(), config.get("init_head", False)
+    """What the weights of a run come from: a folder, whether the head does too, and the teachers',
+    or of a released run the stages before."""
+    folders = [Path(config.init_from)] if config.init_from else []
+    folders += teacher_folders(config)
+    if folders:
+        return [path.resolve() for path in folders], config.get("init_head", False)
     return told.get("before")
 
 

@@ -49,6 +49,7 @@ LATER_KEYS = {
     **{"augment.blur_prob": 0.0, "augment.blur_sigma": (0.1, 1.5)},
     **{"augment.sharpen_prob": 0.0, "augment.sharpen": 1.0},
     **{"data.label_noise": "keep", "eval_sides": (1.0,), "init_head": False},
+    **{"distill.teachers": "", "distill.weight": 0.5},
 }
 BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epochs": ("over 0", lambda x: 0 < x < math.inf),
@@ -62,6 +63,7 @@ BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "loss.years": ("at least 1", lambda x: x >= 1),
     "ema": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
     "mixup": ("at least 0", lambda x: x >= 0),
+    "distill.weight": ("over 0 and at most 1", lambda x: 0 < x <= 1),
     "model.drop_path": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
     "model.std": ("three numbers over 0", lambda x: len(x) == 3 and min(x) > 0),
     "optim.layer_decay": ("over 0 and at most 1", lambda x: 0 < x <= 1),

@@ -49,6 +49,8 @@ def model_card(config: ml_collections.ConfigDict, *, parameters: int, fingerprin
     if name.startswith("drawn"):
         limits = "None of it holds for real faces."
     start = config.init_from or "random weights"
+    if teachers := config.get("distill", {}).get("teachers"):
+        start += f", taught by {teachers}"
     return "\n\n".join(
         [
             f"# {config.model.name}, {config.stage}",

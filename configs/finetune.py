@@ -105,6 +105,12 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.loss.race = 0.1  # weight of the auxiliary race head; 0: off
     config.loss.balanced = False  # every gender and every race weighs the same in their losses
 
+    # Distillation: these fine-tunings, their folders with commas between, see every training view
+    # too, and the mean of their answers is such a share of its label.
+    config.distill = ml_collections.ConfigDict()
+    config.distill.teachers = ""
+    config.distill.weight = 0.5
+
     config.optim = optim = ml_collections.ConfigDict()
     optim.name = "adamw"
     optim.lr = 5e-4  # at batch 128; scaled linearly
