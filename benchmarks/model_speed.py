@@ -203,6 +203,7 @@ def _serve(pipe, make, arguments: tuple) -> None:
     """A contender's process: builds it, then times what it is asked for."""
     try:
         contender = make(*arguments)
+        gc.freeze()  # what a model is made of: else each collection below goes through it again
         pipe.send(contender.compile_seconds)
         while request := pipe.recv():
             method, *args = request

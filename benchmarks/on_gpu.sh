@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in pieces that fit a borrowed one: speed against timm; SimCLR,
-# fine-tuning and evaluation of one model on UTKFace in bfloat16; cuDNN's attention and precision.
+# fine-tuning and evaluation of one model on UTKFace in bfloat16, as run V of docs/results.md; what
+# it can teach the small model of the package; cuDNN's attention and precision.
 #
 #     benchmarks/on_gpu.sh OUT utkface-0*.tar                   # once, or again until it says done
 #     MODEL=micro MINUTES=25 FINETUNE_FLAGS=--config.epochs=100 benchmarks/on_gpu.sh OUT utkface.zip
@@ -8,10 +9,11 @@
 #
 # The same command goes on where the last one ended: finished steps are skipped, a training resumes
 # from its checkpoint. Stops by itself after MINUTES (default 9) with status 3. OUT/NAME.log is what
-# step NAME printed. The epochs are meant for a card that is lent for a quarter of an hour.
+# step NAME printed. The epochs are meant for a card that is lent for a quarter of an hour: on an
+# H200 with 16 CPU cores, of which coatnet_0 takes eleven minutes up to `evaluate`.
 # Needs `pip install '.[cuda13,parity]'`, or cuda12.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 mapfile -t pictures < <(realpath "${@:2}")
 cd "$(dirname "$0")/.."
@@ -31,13 +33,13 @@ once() { # NAME COMMAND…: runs it and keeps its log, unless that was done befo
     touch "$out/$name.done"
 }
 
-train() { # STAGE PIXELS FLAGS…: for as many minutes as are left
-    local stage=$1 pixels=$2 left=$(((end - SECONDS) / 60))
-    shift 2
-    once "$stage" coatnet-jax "$stage" --config="$stage:$model,bf16" --workdir="$out/$stage" \
+train() { # NAME STAGE:MODEL PIXELS FLAGS…: for as many minutes as are left
+    local name=$1 stage=${2%%:*} config=$2,bf16 pixels=$3 left=$(((end - SECONDS) / 60))
+    shift 3
+    once "$name" coatnet-jax "$stage" --config="$config" --workdir="$out/$name" \
         --config.max_minutes="$((left > 1 ? left : 1))" --config.model.image_size="$pixels" \
         --config.data.image_size="$stored" --config.data.cache=device \
-        --config.data.splits="${SPLITS:-82_3_15}" --config.monitor.every_epochs=10 "$@"
+        --config.data.splits="${SPLITS:-82_3_15}" --config.log_every=50 "$@"
 }
 
 # Alone on the card and compiled at once, which is most of the time. timm has no micro and no atto.
@@ -45,11 +47,25 @@ timed=$(case $model in micro | atto) echo coatnet_0 ;; *) echo "$model" ;; esac)
 once speed python benchmarks/model_speed.py --models "$timed" --batch 64 --dtype bfloat16 \
     --rounds 30 --at-once
 once prepare coatnet-jax prepare "${pictures[@]}" ${PREPARE_FLAGS:-}
-train pretrain $((size * 3 / 4)) ${PRETRAIN_FLAGS:---config.epochs=40}
-train finetune "$size" --config.init_from="$out/pretrain" --config.optim.layer_decay=1 \
-    --config.augment.blur_prob=0.3 --config.augment.sharpen_prob=0.3 \
-    --config.data.label_noise=widen ${FINETUNE_FLAGS:---config.epochs=60}
+train pretrain "pretrain:$model" $((size / 2)) --config.batch_size=256 \
+    --config.loss.temperature=0.1 --config.monitor.every_epochs=10 \
+    ${PRETRAIN_FLAGS:---config.epochs=30 --config.optim.warmup_epochs=3}
+views="--config.augment.blur_prob=0.3 --config.augment.sharpen_prob=0.3"
+views+=" --config.data.label_noise=widen --config.optim.layer_decay=1"
+train finetune "finetune:$model" "$size" --config.init_from="$out/pretrain" $views \
+    --config.optim.weight_decay=0.1 --config.optim.warmup_epochs=5 \
+    --config.monitor.every_epochs=12.5 ${FINETUNE_FLAGS:---config.epochs=100}
 once evaluate coatnet-jax evaluate "$out/finetune" --no-faces
+# The packaged model goes on with it as a teacher, if both see views of one size and have not been
+# trained on each other's test faces.
+if [ "$size" = 128 ] && [ "${SPLITS:-82_3_15}" = 82_3_15 ]; then
+    train taught finetune:micro 128 --config.init_from=coatnet_jax/released \
+        --config.init_head=True $views --config.optim.lr=6e-4 --config.optim.warmup_epochs=1 \
+        --config.monitor.every_epochs=3.75 --config.distill.weight=0.7 \
+        --config.distill.teachers="$out/finetune,coatnet_jax/released" \
+        ${TAUGHT_FLAGS:---config.epochs=30}
+    once evaluate_taught coatnet-jax evaluate "$out/taught" --no-faces
+fi
 # What can wait for another day.
 once speed_256 python benchmarks/model_speed.py --models "$timed" --batch 64 --dtype bfloat16 \
     --image-size 256 --cudnn --rounds 30 --at-once

@@ -99,8 +99,8 @@ def check_stages_before(
         if seen and learned_ages(stage):
             raise ValueError(
                 f"{seen:,} of the {len(faces):,} faces of {faces.folder} ({faces.split}) were in "
-                f"the training split {splits!r} of {stage['data']}, of the {stage['stage']} stage "
-                f"that {run_dir} started from: evaluate it on faces that no stage was trained on"
+                f"the training split {splits!r} of {stage['data']}, of a {stage['stage']} stage "
+                f"before {run_dir}: evaluate it on faces that no stage was trained on"
             )
     return found
 

@@ -45,8 +45,12 @@ def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
     before = run.get("before", [])
     own = [stage for stage in before if "teacher" not in stage]
     start = f"after {' and '.join(map(_stage, own))}" if own else "from random weights"
-    taught = dict.fromkeys(stage["teacher"] for stage in before if "teacher" in stage)
-    teachers = f", its labels mixed with the answers of {' and '.join(taught)}" if taught else ""
+    taught = [stage for stage in before if "teacher" in stage]
+    names = " and ".join(dict.fromkeys(stage["teacher"] for stage in taught))
+    teachers = f", taught by {names} (answers mixed into the labels)" if taught else ""
+    for stage in taught:
+        if stage["stage"] == "timm":
+            teachers += f" after {_stage(stage)}"
     outside = any(stage["stage"] == "timm" for stage in before)
     stopped = "" if run.get("finished", True) else f", stopped at step {run['step']}"
     minutes = f", {run['wall_seconds'] / 60:.0f} minutes" if "wall_seconds" in run else ""

@@ -256,13 +256,12 @@ def _read_alike(paths: Sequence[Path]) -> tuple[list[ml_collections.ConfigDict],
 
 
 def _origin(config: ml_collections.ConfigDict, told: dict[str, Any]) -> Any:
-    """What the weights of a run come from: a folder, whether the head does too, and the teachers',
+    """What the weights of a run come from: a folder, whether the head does too, and the teachers,
     or of a released run the stages before."""
-    folders = [Path(config.init_from)] if config.init_from else []
-    folders += teacher_folders(config)
-    if folders:
-        return [path.resolve() for path in folders], config.get("init_head", False)
-    return told.get("before")
+    teachers = {path.resolve() for path in teacher_folders(config)}
+    if config.init_from:
+        return Path(config.init_from).resolve(), config.get("init_head", False), teachers
+    return teachers or told.get("before")
 
 
 def _check_same_shapes(paths: Sequence[Path], weights: Sequence[Any]) -> None:

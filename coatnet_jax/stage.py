@@ -108,7 +108,7 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     be split over the devices or `workdir` holds a run of another config.
     """
     check_values(config)
-    _keep_normalisation(config, workdir)
+    keep_normalisation(config, workdir)
     _check_same_config(config, workdir)
     if config.data.cache not in CACHES:
         raise ValueError(f"data.cache must be one of {CACHES}, not {config.data.cache!r}")
@@ -169,7 +169,7 @@ def _tell_conflicts(config: ml_collections.ConfigDict, conflicts: list[dict[str,
     )
 
 
-def _keep_normalisation(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def keep_normalisation(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Have images normalised as those were that the start weights saw; printed where it differs."""
     resuming = has_checkpoint(workdir)
     source = workdir if resuming else Path(config.init_from) if config.init_from else None

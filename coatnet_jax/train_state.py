@@ -36,12 +36,19 @@ class TrainState:
 
 
 def _run_once(function: Callable, argument: Any) -> Any:
-    """`function(argument)`, compiled to run once: on a CPU without optimisation, which would
-    cost seconds to save milliseconds."""
-    on_cpu = jax.default_backend() == "cpu"
-    traced = isinstance(jnp.zeros(()), jax.core.Tracer)  # where options of a compiler have no place
-    options = {"xla_backend_optimization_level": 0} if on_cpu and not traced else {}
-    return jax.jit(function, compiler_options=options)(argument)
+    """`function(argument)`, compiled to run once: by the CPU's compiler, for that of a GPU takes a
+    minute for coatnet_0's initial values, and without optimisation, which would cost seconds to
+    save milliseconds. NumPy arrays where JAX's default is another device."""
+    if isinstance(jnp.zeros(()), jax.core.Tracer):  # options of a compiler have no place in a trace
+        return jax.jit(function)(argument)
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names others only
+        return jax.jit(function)(argument)
+    run = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    if jax.default_backend() == "cpu":
+        return run(argument)
+    return jax.device_get(run(jax.device_put(argument, cpu)))
 
 
 def init_variables(rng: jax.Array, model: nn.Module, *, image_size: int) -> dict[str, Any]:
@@ -53,8 +60,11 @@ def init_variables(rng: jax.Array, model: nn.Module, *, image_size: int) -> dict
 def _initializer(model: nn.Module, image_size: int) -> Callable:
     """The same function for the same model, for which it is then compiled once in a process."""
 
+    # Without the forward pass, whose kernels can be of another device than the one that compiles.
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+
     def init(rng: jax.Array) -> dict[str, Any]:
-        variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)), train=False)
+        variables = model.lazy_init(rng, images, train=False)
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
     return init

@@ -112,6 +112,8 @@ def untrained_loss(setting: Setting) -> dict[str, Any]:
 def without_regularisation(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same config with nothing that keeps a model from learning its pictures by heart."""
     config = config.copy_and_resolve_references()
+    if "distill" in config:
+        config.distill.teachers = ""
     config.update_from_flattened_dict(
         {
             "augment.crop": (1.0, 1.0),

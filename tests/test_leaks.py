@@ -3,11 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from coatnet_jax.config import load_config
 from coatnet_jax.leaks import check_no_leak, check_stages_before, trained_on, training_splits
+from coatnet_jax.logs import write_run_info
 from input_pipeline.pipeline import open_split
 
 
@@ -105,6 +107,37 @@ def test_stages_before_may_have_seen_the_pictures_but_not_their_ages(folder, tmp
         seen(("fold0", tuned), data="twin")
     assert seen(("fold0", tuned), fingerprint="of old")[0]["seen"] is None  # another table now
     assert seen(("fold0", tuned), splits="fold0") == []
+
+
+def test_ages_that_a_teacher_was_told_are_a_leak(folder, tmp_path):
+    fingerprints = {
+        name: open_split(folder, "train", splits=name).fingerprint for name in ("default", "fold0")
+    }
+
+    def write(name, *, splits="default", teachers=()):
+        config = load_config("finetune:atto,drawn")
+        config.data.splits = splits
+        config.distill.teachers = ",".join(str(tmp_path / teacher) for teacher in teachers)
+        told = {"data_fingerprint": fingerprints[splits], "parameters": 1}
+        write_run_info(tmp_path / name, config, **told)
+
+    def check(name):
+        own = {"fingerprint": fingerprints["default"]}
+        return check_stages_before(open_split(folder, "test"), tmp_path / name, folder, **own)
+
+    write("alike")
+    write("other", splits="fold0")
+    write("taught", teachers=["alike"])
+    write("cheat", teachers=["alike", "other"])
+    write("taught_by_cheat", teachers=["cheat"])
+    assert check("taught") == []
+    refused = partial(pytest.raises, ValueError, match=r"of the 24 faces .* 'fold0' of drawn")
+    for name in ("cheat", "taught_by_cheat"):
+        with refused():
+            check(name)
+        (tmp_path / name / "run.json").unlink()  # config.json still names the teachers
+        with refused():
+            check(name)
 
 
 def test_lost_stages_are_not_known(folder, tmp_path, capsys):

@@ -148,6 +148,37 @@ def test_a_release_is_told_where_its_weights_come_from(run_dir, variables, tmp_p
     assert "60 epochs, stopped at step 9, after" in card
 
 
+def test_card_names_the_teachers_and_the_release_has_no_path_of_theirs(
+    run_dir, variables, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=lambda *_, **__: METRICS))
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    config, teachers = read_config(run_dir / "config.json"), []
+    for i, model in enumerate(("micro", "atto", "micro")):
+        theirs = load_config(f"finetune:{model}")
+        theirs.init_from = config.init_from
+        teachers.append(tmp_path / f"teacher{i}")
+        teachers[i].mkdir()
+        (teachers[i] / "config.json").write_text(theirs.to_json())
+    config.distill.teachers = ", ".join(map(str, teachers))
+    own = "after simclr pre-training (100 epochs at 112 px on the training split of `utkface`)"
+    for init_from, start in (config.init_from, own), ("", "from random weights"):
+        config.init_from = init_from
+        (run_dir / "config.json").write_text(config.to_json())
+        for source, name in (run_dir, "once"), (tmp_path / "once", "twice"):
+            release.write_release(source, "data", tmp_path / name)
+            assert (
+                f"{start}, taught by coatnet_micro and coatnet_atto (answers mixed into the "
+                "labels), with no outside weights"
+            ) in (tmp_path / name / "MODEL_CARD.md").read_text()
+    for path in (tmp_path / "twice").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+    released = read_config(tmp_path / "twice" / "config.json")
+    assert (released.distill.teachers, released.distill.weight) == ("", 0.5)
+    marks = [before["teacher"] for before in stages_before(tmp_path / "twice")]
+    assert marks == [f"coatnet_{x}" for x in ("micro", "micro", "atto", "atto", "micro", "micro")]
+
+
 def test_a_release_spoils_no_run(run_dir, variables, tmp_path, monkeypatch):
     monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
     other = tmp_path / "other"

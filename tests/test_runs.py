@@ -27,6 +27,7 @@ from coatnet_jax import (
 from coatnet_jax.checkpoint import FOLDER, load_variables
 from coatnet_jax.config import load_config
 from coatnet_jax.main import main
+from coatnet_jax.teachers import teachers_answer
 from input_pipeline.images import decode_image
 from input_pipeline.prepare import prepare
 
@@ -284,6 +285,7 @@ def test_run_from_before_other_losses_is_read_and_gone_on_with(drawn_root, finet
     assert (config["loss"].pop("decode"), config["loss"].pop("balanced")) == ("median", False)
     assert (config.pop("progressive"), config["data"].pop("label_noise")) == ([], "keep")
     assert config.pop("init_head") is False
+    assert config.pop("distill") == {"teachers": "", "weight": 0.5}
     assert config["augment"].pop("rand_augment_ops") == 0
     assert config["augment"].pop("rand_augment_magnitude") == 9
     for key in ("blur_prob", "blur_sigma", "sharpen_prob", "sharpen"):
@@ -369,6 +371,44 @@ def test_fine_tuning_goes_on_with_the_head_where_it_is_asked_for(
         assert not np.allclose(new.params["head"][name]["kernel"], there["head"][name]["kernel"])
 
 
+def test_fine_tuning_learns_from_a_teacher_and_goes_on_with_that_one_alone(
+    drawn_root, finetuned, tmp_path, monkeypatch
+):
+    def config(teacher=finetuned, weight=0.3):
+        taught = {"distill.teachers": str(teacher), "distill.weight": weight}
+        return tiny("finetune", drawn_root, **taught | {"epochs": 0.43})  # 3 steps
+
+    step, given = finetune.finetune_train_step, []
+    spied = lambda *args, **options: (given.append(options), step(*args, **options))[1]  # noqa: E731
+    monkeypatch.setattr(finetune, "finetune_train_step", spied)
+    run = tmp_path / "run"
+    assert finetune.run(config(), run)
+    told = json.loads((run / "run.json").read_text())
+    assert told["step"] == len(given) == 3
+    before = [(stage["stage"], stage["teacher"]) for stage in told["before"]]
+    assert before == [("pretrain", "coatnet_atto"), ("finetune", "coatnet_atto")]
+    assert told["before"][1]["fingerprint"] == told["data_fingerprint"]
+    assert f"from random weights, taught by {finetuned}" in (run / "MODEL_CARD.md").read_text()
+    # What the step was given answers as an evaluation of the teacher does, in every step.
+    assert {options["teacher_weight"] for options in given} == {0.3}
+    teachers, weights = (given[-1][key] for key in ("teachers", "teacher_variables"))
+    images = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), np.uint8)
+    views = inference.eval_view(images, **inference.image_format(config()))
+    evaluated = inference.load_run(finetuned, batch_size=16, sides=(1.0,))
+    expected = evaluated.probabilities(images, flip=False)
+    answer = jax.jit(teachers_answer, static_argnums=0)(teachers, weights, views)
+    np.testing.assert_allclose(answer, expected, atol=1e-5)
+
+    shutil.copytree(finetuned, tmp_path / "other")
+    for changed, said in (
+        (config(tmp_path / "other"), f"distill.teachers '{finetuned}' there, '{tmp_path}/other'"),
+        (config(""), f"distill.teachers '{finetuned}' there, '' here"),
+        (config(weight=0.4), "distill.weight 0.3 there, 0.4 here"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            finetune.run(changed, run)
+
+
 def test_backbone_of_another_model_is_refused_with_both_sides(drawn_root, pretrained, tmp_path):
     config = tiny("finetune", drawn_root, init_from=str(pretrained))
     config.model.name = "coatnet_micro"
@@ -418,6 +458,7 @@ BAD_VALUES = (
     *("augment.crop=0.5", "augment.crop=(1.0,0.5)", "optim.warmup_epochs=99"),
     *("augment.blur_sigma=(0.0,1.0)", "augment.sharpen=-1.0"),
     *("monitor.patience=-1", "monitor.every_epochs=inf"),
+    *("distill.weight=0", "distill.weight=1.5"),
 )
 
 
@@ -484,6 +525,35 @@ def test_command_line_errors_are_one_line(drawn_root, pretrained, finetuned, tmp
         lines = message.strip().splitlines()
         assert lines[-1].startswith("coatnet-jax: error: "), (command, message)
         assert not any("Traceback" in line for line in lines), (command, message)
+
+
+def test_run_that_cannot_teach_is_refused_in_one_line(
+    drawn_root, pretrained, finetuned, tmp_path, capsys
+):
+    gray = json.loads((finetuned / "config.json").read_text())
+    gray["model"]["mean"] = [0.5, 0.5, 0.5]
+    (tmp_path / "gray").mkdir()
+    (tmp_path / "gray" / "config.json").write_text(json.dumps(gray))
+    shutil.copytree(tmp_path / "gray", tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_bytes((finetuned / "config.json").read_bytes())
+    command = ["finetune", "--config=finetune:atto,drawn,tiny", f"--workdir={tmp_path}/x"]
+    command += [f"--config.data.root={drawn_root}", "--config.batch_size=16"]
+    for teachers, options, said in (
+        (tmp_path / "gone", (), f"{tmp_path}/gone/config.json is missing"),
+        (tmp_path / "empty", (), f"no checkpoint in {tmp_path}/empty"),
+        (f"{finetuned}, {pretrained}", (), f"{pretrained} is of stage pretrain"),
+        (finetuned, ("model.image_size=48",), "(model.image_size 32 there, 48 here)"),
+        (tmp_path / "gray", (), "(model.mean (0.5, 0.5, 0.5) there, (0.4"),
+        # What counts is how the student's views are normalised in the end.
+        (finetuned, (from_gray := f"init_from={tmp_path}/gray",), "there, (0.5, 0.5, 0.5) here)"),
+        (tmp_path / "gray", (from_gray,), f"no checkpoint in {tmp_path}/gray"),
+        (finetuned, ("progressive=(16,32)",), "config.progressive must be empty"),
+    ):
+        options = ["model.image_size=32", *options, f"distill.teachers={teachers}"]
+        status, message = call(capsys, *command, *(f"--config.{option}" for option in options))
+        (line,) = message.strip().splitlines()
+        assert status == 1 and line.startswith("coatnet-jax: error: ") and said in line, message
+    assert not (tmp_path / "x").exists()
 
 
 def test_own_bug_keeps_its_traceback(monkeypatch):

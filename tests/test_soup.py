@@ -223,6 +223,21 @@ def test_runs_that_do_not_fit_are_refused(
         started.init_head = True
     with pytest.raises(ValueError, match="started from other weights"):
         soup.run([out.parent / "started", write_run("with_head", started, variables)], out, data)
+    taught = config.copy_and_resolve_references()
+    for name in ("taught", "another"):
+        taught.distill.teachers = f"{good}, {tmp_path / name}"
+        write_run(name, taught, variables)
+    soup._read_alike([write_run("again", taught, variables), tmp_path / "another"])
+    taught.distill.teachers = f"{tmp_path / 'another'}, {good}"
+    soup._read_alike([write_run("reversed", taught, variables), tmp_path / "another"])
+    # To learn from a run is not to start from it.
+    started.init_from, started.init_head, started.distill.teachers = "", False, str(good)
+    alone = write_run("alone", started, variables)
+    with pytest.raises(ValueError, match="started from other weights"):
+        soup._read_alike([out.parent / "started", alone])
+    for pair in (("good", "taught"), ("another", "taught")):
+        with pytest.raises(ValueError, match="started from other weights"):
+            soup.run([tmp_path / name for name in pair], out, data)
     diverged = jax.tree.map(lambda x: np.full_like(x, np.nan), variables)
     with pytest.raises(ValueError, match="diverged"):
         soup.run([good, write_run("diverged", config, diverged)], out, data)

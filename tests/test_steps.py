@@ -22,6 +22,7 @@ from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_b
 from coatnet_jax.ssl.methods import METHODS, create_method, create_siamese
 from coatnet_jax.ssl.simclr import SimCLR
 from coatnet_jax.ssl.simsiam import SimSiam
+from coatnet_jax.teachers import Teacher
 from coatnet_jax.train_state import create_train_state, init_variables
 
 SMALL = CoAtNetConfig(widths=(8, 8, 16, 32, 32), depths=(1, 1, 1, 1, 1))
@@ -100,6 +101,14 @@ def test_eight_devices_equal_one(parts):
     assert min(jax.tree.leaves(moved)) >= 0 and max(jax.tree.leaves(moved)) > 1e-3
 
 
+def test_initial_values_are_those_of_the_cpu_where_another_device_is_the_default(monkeypatch):
+    start = init_variables(jax.random.key(0), FINETUNE[0], image_size=SIZE)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    elsewhere = init_variables(jax.random.key(0), FINETUNE[0], image_size=SIZE)
+    assert {type(leaf) for leaf in jax.tree.leaves(elsewhere)} == {np.ndarray}
+    jax.tree.map(np.testing.assert_array_equal, elsewhere, start)
+
+
 def test_finetune_step_learns_one_batch():
     tx = optax.adam(3e-3)
     _, first = run_steps(FINETUNE, 1, steps=1, tx=tx)
@@ -175,6 +184,70 @@ def test_step_learns_from_all_ages_of_a_batch_that_has_them():
     assert mae[0] == mae[1]
     # All labels then have the middle of the ages as their mean, where a regression starts.
     assert mae[2] < 2 < mae[0]
+
+
+def drawn_teacher(name, seed):
+    """(teacher, variables) of one age loss, with weights and statistics unlike those of a start."""
+    model, rng = AgeModel(Stripes(), **get_age_loss(name).head), np.random.default_rng(seed)
+    start = init_variables(jax.random.key(seed), model, image_size=SIZE)
+    return Teacher(model, name), jax.tree.map(
+        lambda x: np.asarray(x + rng.uniform(0, 0.5, x.shape), np.float32), start
+    )
+
+
+def age_outputs(variables, views, *, train):
+    """Those of a model on `Stripes`, in NumPy: BatchNorm by the batch, or by what it keeps."""
+    backbone, head = variables["params"]["backbone"], variables["params"]["head"]
+    kept, rows = variables["batch_stats"]["backbone"]["norm"], views.mean((2, 3))
+    mean, var = (rows.mean(0), rows.var(0)) if train else (kept["mean"], kept["var"])
+    x = (rows - mean) / np.sqrt(var + 1e-5) * backbone["norm"]["scale"] + backbone["norm"]["bias"]
+    x = x @ backbone["mix"]["kernel"] + backbone["mix"]["bias"]
+    x = np.tanh(x @ head["hidden"]["kernel"] + head["hidden"]["bias"])
+    return x @ head["age"]["kernel"] + head["age"]["bias"]
+
+
+def softmax(logits):
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("names", [(), ("kl_l1", "mse")], ids=["alone", "taught"])
+def test_label_is_mixed_with_what_teachers_say_of_the_same_views(names):
+    # NumPy tells the loss and a gradient; from JAX it has the random shares of mixup alone.
+    years, batch = np.arange(117), make_batch()
+    state, step = age_step("kl_l1", SGD)
+    student = jax.device_get(state.eval_variables)
+    share = jax.random.split(jax.random.fold_in(state.rng, 0), 3)[1]
+    share = np.asarray(jax.random.beta(share, 0.2, 0.2, (16,)), np.float64)[:, None]
+    views = np.asarray(plain_view(None, batch["image"]), np.float64)
+    blended = share[..., None, None] * views + (1 - share[..., None, None]) * views[::-1]
+    label = softmax(-0.5 * ((years - batch["age"][:, None]) / 2.0) ** 2)
+    label = share * label + (1 - share) * label[::-1]
+    of_years = share[:, 0] * batch["age"] + (1 - share[:, 0]) * batch["age"][::-1]
+    teachers, weights = zip(*map(drawn_teacher, names, (1, 2)), strict=True) if names else ((), ())
+    if names:  # in the answers BatchNorm has its statistics: none depends on the other faces
+        logits, regressed = (age_outputs(each, blended, train=False) for each in weights)
+        age = np.clip(58 * (1 + regressed), 0, 116)
+        answers = [softmax(logits), np.maximum(0, 1 - np.abs(years - age))]
+        assert all(np.abs(answer - label).sum(1).min() > 0.1 for answer in answers)
+        label = 0.7 * label + 0.3 * np.mean(answers, axis=0)
+    p = softmax(age_outputs(student, blended, train=True))
+    off = (p - label) @ years
+    entropy = -np.sum(label * np.log(np.where(label > 0, label, 1)), axis=1)
+    loss = np.mean(-np.sum(label * np.log(p), axis=1) - entropy + np.abs(off))
+    gradient = np.mean(
+        p - label + np.sign(off)[:, None] * p * (years - (p @ years)[:, None]), axis=0
+    )
+
+    mesh = make_mesh(8)  # every device has the teachers whole and a part of the faces
+    told = {"teachers": teachers, "teacher_variables": replicate(weights, mesh)}
+    told = told | {"teacher_weight": 0.3} if names else {}
+    after, metrics = step(replicate(state, mesh), shard_batch(batch, mesh), **told)
+    assert metrics["loss"] == pytest.approx(loss, rel=2e-5)
+    moved = student["params"]["head"]["age"]["bias"] - after.params["head"]["age"]["bias"]
+    np.testing.assert_allclose(moved, gradient, atol=2e-5)
+    # The error in years stays that against the ages of the faces.
+    assert metrics["mae"] == pytest.approx(np.mean(np.abs(p @ years - of_years)), rel=2e-5)
 
 
 @pytest.mark.parametrize("name", ["coral", "mse"])

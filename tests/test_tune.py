@@ -134,6 +134,12 @@ def test_by_heart_needs_loss_and_error_near_nothing():
     assert not diverged["learned"] and "diverged" in diverged["in_words"]
 
 
+def test_faces_are_learned_by_heart_without_teachers():
+    config = load_config("finetune:atto")
+    config.distill.teachers = "runs/teacher"  # whose answers would leave a loss
+    assert tune_checks.without_regularisation(config).distill.teachers == ""
+
+
 def test_runs_no_better_than_a_constant_answer_are_named_as_such():
     result = {"best": {"mae": 15.1}, "constant_mae": 14.9}
     assert "more --steps" in tune_page.too_short(result)
