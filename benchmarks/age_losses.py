@@ -23,10 +23,10 @@ import ml_collections
 
 from coatnet_jax import evaluate, finetune
 from coatnet_jax.age_losses import AGE_LOSSES, get_age_loss
-from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.config import load_config
 from coatnet_jax.pages import markdown_table, spread
 from coatnet_jax.paths import data_folder, home
+from coatnet_jax.runtime import set_up
 from coatnet_jax.stage import check_same_config
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for loss in arguments.losses:
         get_age_loss(loss)  # a misspelled one should fail before the first training
-    keep_freed_memory()
+    set_up()
     jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
     found: dict[str, list[dict]] = defaultdict(list)
     for seed in arguments.seeds:  # all losses with the first seed first: a table soon

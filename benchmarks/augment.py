@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coatnet_jax import augment
-from coatnet_jax.allocator import keep_freed_memory
+from coatnet_jax.runtime import set_up
 
 CROP, RATIO, JITTER, SIGMA = (0.3, 1.0), (0.85, 1.18), 0.5, (0.1, 1.0)
 
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    keep_freed_memory()
+    set_up()
     speed(
         size=arguments.size,
         source=arguments.source,

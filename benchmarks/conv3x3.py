@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from interleaved import seconds_in_turns, waited_for
 
-from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.conv import conv3x3
 from coatnet_jax.pages import markdown_table
+from coatnet_jax.runtime import set_up
 
 LAYERS = (
     (32, 64, 1),
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    keep_freed_memory()
+    set_up()
     rows = []
     for side, width, stride in LAYERS:
         after = -(-side // stride)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.evaluate import score
 from coatnet_jax.inference import load_run, predict_split
 from coatnet_jax.pages import markdown_table, percent
 from coatnet_jax.paths import data_folder
+from coatnet_jax.runtime import set_up
 from input_pipeline.pipeline import open_split
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="workdir of a fine-tuning run")
     parser.add_argument("--limit", type=int, default=10**9, help="faces of each split")
     arguments = parser.parse_args()
-    keep_freed_memory()
+    set_up()
     run = load_run(arguments.run_dir)
     data = run.config.data
     folder = data_folder(data.name, data.root)
@@ -39,7 +39,7 @@ def main() -> None:
     rows = []
     for split, of in (("train", train), ("validation", validation)):
         some = of.take(np.linspace(0, len(of) - 1, faces).round().astype(int))
-        p, labels = predict_split(run, some, run.probabilities, run.batch_size)
+        p, labels = predict_split(run, some, run.probabilities)
         scores = score(p, labels["age"], train_age=train.labels["age"], decode=run.decode)
         rows.append(
             {

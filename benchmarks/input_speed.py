@@ -27,7 +27,7 @@ from functools import partial
 
 import simplejpeg
 
-from coatnet_jax.allocator import keep_freed_memory
+from coatnet_jax.runtime import set_up
 from input_pipeline.pipeline import decode_once, open_split, train_loader
 
 CORES = len(os.sched_getaffinity(0))
@@ -167,7 +167,7 @@ def tf_loader(files: list[bytes], size: int):
 
 def our_measures(data: str, size: int, source: int, images: int) -> dict:
     """label -> function that measures images/s of our pipeline, or of the bare decoding, once."""
-    keep_freed_memory()  # as the command line does
+    set_up()  # as the command line does
     faces, files = open_split(data, "train"), read_files(data, images)
     held = decode_once(faces, source, progress=None)
     return {

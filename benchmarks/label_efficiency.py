@@ -27,13 +27,13 @@ from age_losses import check_same_run
 from matplotlib.figure import Figure
 
 from coatnet_jax import evaluate, finetune
-from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.bootstrap import paired_difference
 from coatnet_jax.config import load_config
 from coatnet_jax.pages import markdown_table, spread, write_json
 from coatnet_jax.palette import BLUE, MUTED
 from coatnet_jax.paths import data_folder, home
 from coatnet_jax.plots import STYLE, save_figure
+from coatnet_jax.runtime import set_up
 from coatnet_jax.stage import Setting, make_schedule
 from input_pipeline.pipeline import Faces, open_split
 
@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not all(0 < percent <= 100 for percent in arguments.percent):
         parser.error("--percent: shares of the training faces, above 0 and up to 100")
-    keep_freed_memory()
+    set_up()
     jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
     errors: dict[tuple[str, float], dict[int, np.ndarray]] = {}
     for seed in arguments.seeds:  # all shares with the first seed first: a table soon

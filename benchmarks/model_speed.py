@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator
 
 from coatnet_jax.allocator import keep_freed_memory
-from coatnet_jax.xla_flags import use_cublas
+from coatnet_jax.runtime import set_up
 
 SIDE = 4096  # of the matrices whose product stands for the peak
 WARM_UP = 6  # rounds; fresh pages can cost a step more than its arithmetic
@@ -42,8 +42,7 @@ class Ours:
         from functools import partial
 
         # Before JAX is imported, as the command line does.
-        keep_freed_memory()
-        use_cublas()
+        set_up()
         # The contenders share one GPU, of which JAX would keep three quarters to itself.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax

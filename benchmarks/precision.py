@@ -13,10 +13,9 @@ import argparse
 import jax
 import jax.numpy as jnp
 
-from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.models import create_backbone
 from coatnet_jax.pages import markdown_table
-from coatnet_jax.xla_flags import use_cublas
+from coatnet_jax.runtime import set_up
 
 EXACT = ("float32", "xla", "highest")
 OTHERS = {
@@ -32,8 +31,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
-    keep_freed_memory()
-    use_cublas()
+    set_up()
     print(f"{jax.devices()[0].device_kind}, {arguments.image_size} px, batch {arguments.batch}\n")
     rows = []
     for name in arguments.models:

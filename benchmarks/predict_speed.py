@@ -25,13 +25,13 @@ from dlib_package import load
 from interleaved import seconds_in_turns
 from wild_photos import picked_photos
 
-from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.augment import eval_view
 from coatnet_jax.inference import Run, build_model, image_format, load_run
 from coatnet_jax.logs import environment
 from coatnet_jax.pages import markdown_table, write_json
 from coatnet_jax.predict import looks_at
 from coatnet_jax.release_weights import PACKAGED
+from coatnet_jax.runtime import set_up
 from input_pipeline.face_crops import Detector, read_photo
 
 BATCH = 32
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON to write")
     arguments = parser.parse_args()
-    keep_freed_memory()
+    set_up()
     photos = [data for _, data in picked_photos(arguments.photos, BATCH)]
     print(f"{len(os.sched_getaffinity(0))} CPU cores, {arguments.rounds} rounds", flush=True)
     tables = {}

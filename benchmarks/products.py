@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from interleaved import seconds_in_turns, waited_for
 
-from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.pages import markdown_table
 from coatnet_jax.products import weight_gradient
+from coatnet_jax.runtime import set_up
 
 LAYERS = {
     "stem, second convolution": (16 * 112**2, 9 * 64, 64),
@@ -49,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
-    keep_freed_memory()
+    set_up()
     rows = []
     for layer, (m, k, n) in LAYERS.items():
         args = [jnp.ones((m, k)), jnp.ones((m, n))]

@@ -17,11 +17,11 @@ import cv2
 import numpy as np
 
 from coatnet_jax.ages import get_decoder
-from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.inference import load_run
 from coatnet_jax.metrics import mae
 from coatnet_jax.pages import markdown_table
 from coatnet_jax.paths import data_folder
+from coatnet_jax.runtime import set_up
 from input_pipeline.face_crops import CROP
 from input_pipeline.images import centre_square
 from input_pipeline.pipeline import decode_once, evenly_spread, open_split
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs")
     parser.add_argument("--limit", type=int, default=10**9, help="faces, evenly picked")
     arguments = parser.parse_args()
-    keep_freed_memory()
+    set_up()
     rows = [{"validation faces": name} for name in (*CHANGES, "mean of the five")]
     for run_dir in arguments.run_dirs:
         run = load_run(run_dir, batch_size=64)

@@ -19,11 +19,11 @@ import jax
 import ml_collections
 
 from coatnet_jax import pretrain
-from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.config import load_config
 from coatnet_jax.logs import MetricsLog
 from coatnet_jax.pages import markdown_table, spread
 from coatnet_jax.paths import home
+from coatnet_jax.runtime import set_up
 
 # What is changed from the config's own value, which is among them for each.
 ABLATIONS = {
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--root", default="", help="folder for built data")
     parser.add_argument("--out", default="runs/ssl_ablation")
     arguments = parser.parse_args()
-    keep_freed_memory()
+    set_up()
     jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
     found: dict[tuple[str, str], list[Mapping[str, float]]] = {}
     for seed in arguments.seeds:  # all settings with the first seed first: a table soon

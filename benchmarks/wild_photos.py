@@ -22,7 +22,6 @@ import numpy as np
 from dlib_package import INSTALL, load
 
 from coatnet_jax.ages import age_class
-from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.bootstrap import paired_difference
 from coatnet_jax.conformal import read_constants
 from coatnet_jax.inference import load_run
@@ -31,6 +30,7 @@ from coatnet_jax.metrics import accuracy, balanced_accuracy, cumulative_score, m
 from coatnet_jax.pages import markdown_table, write_json
 from coatnet_jax.predict import looks_at, prediction_row
 from coatnet_jax.release_weights import PACKAGED
+from coatnet_jax.runtime import set_up
 from input_pipeline.face_crops import Detector, read_photo
 from input_pipeline.pipeline import evenly_spread
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--constant", type=float, default=29, help="median age that was trained on")
     parser.add_argument("--out", type=Path, help="JSON to write")
     arguments = parser.parse_args()
-    keep_freed_memory()
+    set_up()
     photos, age = labelled_photos(arguments.photos, arguments.labels, arguments.limit)
     print(f"{len(photos)} photos with ages {age.min()}-{age.max()}", flush=True)
     found = {"ours": ours(photos, arguments.run_dir)}

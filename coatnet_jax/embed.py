@@ -48,7 +48,6 @@ def run(
     with_umap: bool = False,
     show_faces: bool = True,
     seed: int = 0,
-    batch_size: int = 256,
     knn_reference: str = "train",
     which: str = "best",
     splits: str | None = None,
@@ -70,8 +69,8 @@ def run(
             f"knn_reference {split!r} is the split itself: every face would be its own neighbour"
         )
     umap = _import_umap() if with_umap else None
-    trained = load_run(Path(run_dir), which=which, batch_size=batch_size)
-    untrained = random_run(trained.config, batch_size=batch_size)
+    trained = load_run(Path(run_dir), which=which)
+    untrained = random_run(trained.config)
     trained_on = trained.config.data
     own_set = Path(data_folder).name == trained_on.name
     splits = splits or (trained_on.splits if own_set else "default")
@@ -90,8 +89,8 @@ def run(
     print(f"features of {len(faces):,} {split} and {len(reference):,} {knn_reference} faces …")
     features, banks, scores = {}, {}, {}
     for key, model in ((name, trained), ("untrained", untrained)):
-        z, labels = predict_split(model, faces, model.features, batch_size)
-        train_z, train_labels = predict_split(model, reference, model.features, batch_size)
+        z, labels = predict_split(model, faces, model.features)
+        train_z, train_labels = predict_split(model, reference, model.features)
         features[key], banks[key] = z, train_z
         print(f"neighbours and linear probes of the {key} features …", flush=True)
         scores[key] = feature_scores(train_z, train_labels["age"], z, labels["age"])

@@ -63,7 +63,7 @@ def run(
     split: str = "test",
     out: str | Path | None = None,
     flip: bool = True,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     which: str = "best",
     splits: str | None = None,
     show_faces: bool = True,
@@ -106,9 +106,7 @@ def run(
         )
     leak_check = trained.check(faces, run_dir=run_dir, folder=training_folder)
     check_ages(faces.labels["age"], f"the split {split!r}")
-    p, labels = predict_split(
-        model, faces, lambda images: model.probabilities(images, flip=flip), batch_size
-    )
+    p, labels = predict_split(model, faces, lambda images: model.probabilities(images, flip=flip))
     age, rows = labels["age"], labels["index"]
     result = {
         "run": str(run_dir),
@@ -154,7 +152,7 @@ def run(
     result["unknown"] = unknown_counts(labels)
     result["groups"] = group_table(face_measures(p, age, low, high, decode=decode), labels)
     if model.has_attributes and _any_known(faces.labels):
-        q, _ = predict_split(model, faces, model.attributes, batch_size)
+        q, _ = predict_split(model, faces, model.attributes)
         attributes = {"gender": q[:, :2], "race": q[:, 2:]}
         if table := attribute_table(attributes, labels, trained.labels):
             result["attributes"] = table
@@ -195,7 +193,6 @@ def conformal_constants(
         model,
         validation,
         lambda images: model.probabilities(images, flip=flip),
-        model.batch_size,
     )
     constants = {
         "level": LEVEL,

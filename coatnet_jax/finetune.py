@@ -243,7 +243,7 @@ def evaluate(state: TrainState, *, setting: Setting) -> dict[str, float]:
         setting.config, state.eval_variables, setting.mesh, batch_size=setting.config.batch_size
     )
     probabilities, labels = predict_split(
-        run, setting.validation_faces, partial(run.probabilities, flip=False), run.batch_size
+        run, setting.validation_faces, partial(run.probabilities, flip=False)
     )
     predicted = get_decoder(run.decode)(probabilities)
     return {

@@ -72,12 +72,10 @@ def _prepare_process() -> None:
     """Settings of the process, before jax is imported and makes its first array."""
     from absl import flags
 
-    from coatnet_jax.allocator import keep_freed_memory
     from coatnet_jax.paths import home
-    from coatnet_jax.xla_flags import use_cublas
+    from coatnet_jax.runtime import set_up
 
-    keep_freed_memory()
-    use_cublas()
+    set_up()
     # JAX's hundreds of thousands of objects stay to the end: Python would look through them for
     # garbage again and again while they come and once more at exit, a third of the import's time.
     gc.set_threshold(50_000)

@@ -30,7 +30,7 @@ from coatnet_jax.batchnorm import MOMENTUM
 from coatnet_jax.checkpoint import check_unused, load_variables, save_variables
 from coatnet_jax.config import flat, read_config, read_json
 from coatnet_jax.finetune import training_view
-from coatnet_jax.inference import Run, build_model, predict_split
+from coatnet_jax.inference import Run, build_model, predict_split, usual_batch_size
 from coatnet_jax.leaks import training_splits
 from coatnet_jax.lineage import teacher_folders
 from coatnet_jax.logs import update_run_info, write_run_info
@@ -51,7 +51,6 @@ def run(
     data_folder: Path,
     *,
     uniform: bool = False,
-    batch_size: int = 256,
 ) -> dict[str, Any]:
     """Write the mean of the runs' best checkpoints as a run of its own into `workdir`.
 
@@ -76,8 +75,9 @@ def run(
 
     def probabilities(config: ml_collections.ConfigDict, variables: Any) -> np.ndarray:
         mesh = make_mesh()
-        run = Run(config, replicate(variables, mesh), mesh, batch_size=batch_size)
-        return predict_split(run, validation, run.probabilities, batch_size)[0].astype(np.float64)
+        run = Run(config, replicate(variables, mesh), mesh, batch_size=usual_batch_size())
+        p, _ = predict_split(run, validation, run.probabilities)
+        return p.astype(np.float64)
 
     def error(config: ml_collections.ConfigDict, p: np.ndarray) -> float:
         return mae(ages, get_decoder(config.loss.get("decode", "median"))(p))

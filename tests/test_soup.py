@@ -78,7 +78,7 @@ def test_uniform_mean_is_a_run_that_is_evaluated_and_released(
     validation = open_split(data, "validation")
     loaded = [inference.load_run(run) for run in runs]
     p, labels = zip(
-        *(predict_split(each, validation, each.probabilities, 16) for each in loaded), strict=True
+        *(predict_split(each, validation, each.probabilities) for each in loaded), strict=True
     )
     off = np.abs(decode(np.mean(p, axis=0, dtype=np.float64)) - labels[0]["age"])
     assert told["ensemble_mae"] == pytest.approx(off.mean(), abs=1e-3)
