@@ -9,8 +9,8 @@
 #
 # The same command goes on where the last one ended: finished steps are skipped, a training resumes
 # from its checkpoint. Stops by itself after MINUTES (default 9) with status 3. OUT/NAME.log is what
-# step NAME printed. The epochs are meant for a card that is lent for a quarter of an hour: on an
-# H200 with 16 CPU cores, of which coatnet_0 takes eleven minutes up to `evaluate`.
+# step NAME printed. The epochs are meant for a card that is lent for a quarter of an hour: coatnet_0's
+# `pretrain` and `finetune` took eleven minutes of an H200 with 16 CPU cores.
 # Needs `pip install '.[cuda13,parity]'`, or cuda12.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }

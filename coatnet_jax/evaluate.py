@@ -190,9 +190,7 @@ def conformal_constants(
         print(f"{len(validation)} validation faces are too few for conformal intervals: left out")
         return None
     p, labels = predict_split(
-        model,
-        validation,
-        lambda images: model.probabilities(images, flip=flip),
+        model, validation, lambda images: model.probabilities(images, flip=flip)
     )
     constants = {
         "level": LEVEL,

@@ -82,11 +82,10 @@ def train(setting: Setting, *, trackers: Sequence[Callable] = (), traced_rates=F
         jax.eval_shape(partial(init_variables, model=model, image_size=size), jax.random.key(0))
 
     teachers, weights = open_teachers(config)
-    weights = replicate(weights, setting.mesh)
+    taught = {"teachers": teachers, "teacher_variables": replicate(weights, setting.mesh)}
 
     def make_step(tx: optax.GradientTransformation) -> Any:
-        step = partial(_make_step, config, labels, model=model, tx=tx, teachers=teachers)
-        step = partial(step, teacher_variables=weights)
+        step = partial(_make_step, config, labels, model=model, tx=tx, **taught)
         if not sizes:
             return step(config.model.image_size)
         return growing_step(step, sizes, total_steps=steps, name=config.stage)
@@ -132,7 +131,7 @@ def _make_step(
         mixup_alpha=config.mixup,
         teachers=teachers,
         teacher_variables=teacher_variables,
-        teacher_weight=config.get("distill", {}).get("weight", 0.0) if teachers else 0.0,
+        teacher_weight=config.distill.weight if teachers else 0.0,
         ema=config.ema,
         smaller=size != config.model.image_size,
     )
