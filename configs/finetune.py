@@ -14,7 +14,8 @@ The argument after the colon is a list of words, the first one the model:
     bf16       bfloat16 compute with float32 parameters
     tiny       a few steps, seconds: to see that everything runs
 
-Without `init_from` the same recipe trains from scratch (larger models: set `optim.layer_decay=1`).
+Without `init_from` the same recipe trains from scratch (timm's CoAtNets and the baselines: set
+`optim.layer_decay=1`).
 """
 
 import ml_collections
@@ -25,7 +26,8 @@ BASELINES = (
     *("simple_cnn", "resnet18", "resnet34", "resnet50"),
     *("efficientnet_b0", "mobilenet_v2", "vit_s16"),
 )
-MODELS = ("micro", "atto", *(f"coatnet_{i}" for i in (*range(6), *RW, *RMLP)), *BASELINES)
+PAPER = tuple(f"coatnet_{i}" for i in range(6))
+MODELS = ("micro", "atto", *PAPER, *(f"coatnet_{i}" for i in (*RW, *RMLP)), *BASELINES)
 WORDS = ("drawn", "cpu", "bf16", "tiny")
 
 
@@ -127,6 +129,9 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     config.log_every = 10
     config.track = ""  # besides metrics.jsonl: tensorboard, wandb, or both with a comma
 
+    if model in PAPER:  # as V
+        config.epochs, optim.warmup_epochs = 100.0, 5.0
+        optim.weight_decay, optim.layer_decay = 0.1, 1.0
     if "cpu" in words:
         data.image_size, config.model.image_size = 80, 64
         config.epochs, optim.warmup_epochs, config.ema = 20, 1.0, 0.998

@@ -22,6 +22,7 @@ def commands() -> list[str]:
     blocks += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     found = [line.split("&&")[-1].strip().removeprefix("!") for line in lines]
+    found = [line.replace("{MODEL}", "micro") for line in found]  # which the notebook sets
     return [line for line in found if line.startswith("coatnet-jax ")]
 
 
@@ -41,27 +42,54 @@ def test_documented_command_is_understood(line):
         _parser().parse_args([name, *argv])
 
 
-def test_script_of_the_released_model_is_understood(tmp_path):
-    """Its commands, as a stand-in for `coatnet-jax` is given them."""
-    stand_in = tmp_path / "bin" / "coatnet-jax"
-    stand_in.parent.mkdir()
-    stand_in.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/given\n')
-    stand_in.chmod(0o755)
+def given_by(script: str, folder: Path, *words: str) -> list[list[str]]:
+    """What the script in benchmarks/ gives to `coatnet-jax`, for which and for Python others stand
+    in."""
+    (folder / "bin").mkdir(parents=True)
+    for name in ("coatnet-jax", "python"):
+        stand_in = folder / "bin" / name
+        stand_in.write_text(f'#!/bin/sh\necho "$*" >> {folder}/{name}.txt\n')
+        stand_in.chmod(0o755)
     subprocess.run(
-        [ROOT / "benchmarks" / "released_model.sh", tmp_path / "runs", "faces.tar"],
-        env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"},
+        [ROOT / "benchmarks" / script, *words],
+        env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
         check=True,
     )
-    given = [line.split() for line in (tmp_path / "given").read_text().splitlines()]
+    return [line.split() for line in (folder / "coatnet-jax.txt").read_text().splitlines()]
+
+
+def understood(name: str, argv: list[str]):
+    """(config, workdir) of a training's command; None, None of another that is understood."""
+    if name in TRAINING:
+        return parse_training_flags(argv, default=name)
+    _parser().parse_args([name, *argv])
+    return None, None
+
+
+def test_script_of_the_released_model_is_understood(tmp_path):
+    given = given_by("released_model.sh", tmp_path, f"{tmp_path}/runs", "faces.tar")
     assert given[0] == ["prepare", "faces.tar"] and given[-1][0] == "release"
     sizes = []
     for name, *argv in given:
+        config, workdir = understood(name, argv)
         if name in TRAINING:
-            config, workdir = parse_training_flags(argv, default=name)
             sizes.append((workdir.name, *config.progressive) if name == "finetune" else ())
-        else:
-            _parser().parse_args([name, *argv])
     assert sizes == [
         (), ("b", 48, 64, 96), ("c", 80, 96, 112), ("e", 96, 112), ("f", 112, 128), ("k", 144, 160),
         ("l",), ("m",), ("n",),
     ]  # fmt: skip
+
+
+def test_script_for_a_gpu_is_understood(tmp_path):
+    (tmp_path / "faces.tar").touch()
+    given = given_by("on_gpu.sh", tmp_path, f"{tmp_path}/out", f"{tmp_path}/faces.tar")
+    trained = {}
+    for name, *argv in given:
+        config, workdir = understood(name, argv)
+        if config is not None:
+            trained[workdir.name] = (config.model.name, config.model.image_size, config.epochs)
+    assert trained == {
+        "pretrain": ("coatnet_0", 64, 30),
+        "finetune": ("coatnet_0", 128, 100),
+        "taught": ("coatnet_micro", 128, 30),
+    }
