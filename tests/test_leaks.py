@@ -97,7 +97,7 @@ def test_stages_before_may_have_seen_the_pictures_but_not_their_ages(folder, tmp
         assert seen(("fold0", stage), ("default", tuned)) == [told]
     for stage in (tuned, {"stage": "pretrain", "method": "supcon"}):
         with pytest.raises(
-            ValueError, match=f"^{both} of the {len(test)} faces .* 'fold0' of drawn, of the"
+            ValueError, match=f"^{both} of the {len(test)} faces .* 'fold0' of drawn, of a "
         ):
             seen(("fold0", stage))
     (told,) = seen(("fold0", tuned), data="elsewhere")
