@@ -53,8 +53,7 @@ train pretrain "pretrain:$model" $((size / 2)) --config.batch_size=256 \
 views="--config.augment.blur_prob=0.3 --config.augment.sharpen_prob=0.3"
 views+=" --config.data.label_noise=widen --config.optim.layer_decay=1"
 train finetune "finetune:$model" "$size" --config.init_from="$out/pretrain" $views \
-    --config.optim.weight_decay=0.1 --config.optim.warmup_epochs=5 \
-    --config.monitor.every_epochs=12.5 ${FINETUNE_FLAGS:---config.epochs=100}
+    --config.monitor.every_epochs=12.5 ${FINETUNE_FLAGS:-}
 once evaluate coatnet-jax evaluate "$out/finetune" --no-faces
 # The packaged model goes on with it as a teacher, if both see views of one size and have not been
 # trained on each other's test faces.

@@ -23,8 +23,8 @@ from coatnet_jax.metrics import accuracy, mae
 from coatnet_jax.progressive import check_sizes, growing_step, params_for
 from coatnet_jax.rand_augment import check_rand_augment
 from coatnet_jax.sharding import replicate
-from coatnet_jax.stage import Setting, keep_normalisation, open_stage, run_stage
-from coatnet_jax.teachers import Teacher, check_teachers, open_teachers, teachers_answer
+from coatnet_jax.stage import Setting, open_stage, run_stage
+from coatnet_jax.teachers import Teacher, open_teachers, teachers_answer
 from coatnet_jax.train_state import TrainState, apply_gradients, init_variables
 
 
@@ -35,7 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
 
 def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting:
     """The checked config, the faces and the schedule of a fine-tuning; ValueError as `open_stage`,
-    for an unknown loss or an age that no loss knows, and as `check_teachers`."""
+    and for an unknown loss or an age that no loss knows."""
     # What is misspelled should fail before anything is loaded.
     get_age_loss(config.loss.name)
     get_decoder(config.loss.get("decode", "median"))
@@ -46,8 +46,6 @@ def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting
     check_rand_augment(
         augment.get("rand_augment_ops", 0), augment.get("rand_augment_magnitude", 9.0)
     )
-    keep_normalisation(config, workdir)  # of which the teachers have to be too
-    check_teachers(config)
     setting = open_stage(config, workdir, patience=config.monitor.patience)
     check_ages(setting.train_faces.labels["age"], "the training split")
     check_ages(setting.validation_faces.labels["age"], "the validation split")

@@ -1,7 +1,7 @@
 """A trained run as functions of pictures: features, age probabilities, whole splits in batches."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,7 +185,7 @@ class Run:
     mesh: Mesh
     run_dir: Path | None = None
     step: int = 0
-    batch_size: int = 256
+    batch_size: int = field(default_factory=usual_batch_size)
     programs: Path | None = None
 
     @property

@@ -30,7 +30,7 @@ from coatnet_jax.batchnorm import MOMENTUM
 from coatnet_jax.checkpoint import check_unused, load_variables, save_variables
 from coatnet_jax.config import flat, read_config, read_json
 from coatnet_jax.finetune import training_view
-from coatnet_jax.inference import Run, build_model, predict_split, usual_batch_size
+from coatnet_jax.inference import Run, build_model, predict_split
 from coatnet_jax.leaks import training_splits
 from coatnet_jax.lineage import teacher_folders
 from coatnet_jax.logs import update_run_info, write_run_info
@@ -75,7 +75,7 @@ def run(
 
     def probabilities(config: ml_collections.ConfigDict, variables: Any) -> np.ndarray:
         mesh = make_mesh()
-        run = Run(config, replicate(variables, mesh), mesh, batch_size=usual_batch_size())
+        run = Run(config, replicate(variables, mesh), mesh)
         p, _ = predict_split(run, validation, run.probabilities)
         return p.astype(np.float64)
 

@@ -30,6 +30,7 @@ from coatnet_jax.optim import create_optimizer, optimizer_with_traced_rates, war
 from coatnet_jax.paths import data_folder
 from coatnet_jax.plots import training_curves
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
+from coatnet_jax.teachers import check_teachers
 from coatnet_jax.terms import model_card
 from coatnet_jax.tracking import open_trackers
 from coatnet_jax.train_state import TrainState, create_train_state, init_variables
@@ -105,10 +106,11 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     """Check the config against devices, data and what already lies in `workdir`.
 
     Raises FileNotFoundError where the data set is not prepared; ValueError where the batch cannot
-    be split over the devices or `workdir` holds a run of another config.
+    be split over the devices or `workdir` holds a run of another config; and as `check_teachers`.
     """
     check_values(config)
-    keep_normalisation(config, workdir)
+    _keep_normalisation(config, workdir)
+    check_teachers(config)
     _check_same_config(config, workdir)
     if config.data.cache not in CACHES:
         raise ValueError(f"data.cache must be one of {CACHES}, not {config.data.cache!r}")
@@ -169,7 +171,7 @@ def _tell_conflicts(config: ml_collections.ConfigDict, conflicts: list[dict[str,
     )
 
 
-def keep_normalisation(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def _keep_normalisation(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Have images normalised as those were that the start weights saw; printed where it differs."""
     resuming = has_checkpoint(workdir)
     source = workdir if resuming else Path(config.init_from) if config.init_from else None

@@ -35,11 +35,9 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("line", sorted(set(commands())))
 def test_documented_command_is_understood(line):
     name, *argv = shlex.split(line, comments=True)[1:]
+    config, _ = understood(name, argv)
     if name in TRAINING:
-        config, _ = parse_training_flags(argv, default=name)
         assert config.stage == name
-    else:
-        _parser().parse_args([name, *argv])
 
 
 def given_by(script: str, folder: Path, *words: str) -> list[list[str]]:
