@@ -47,7 +47,7 @@ from coatnet_jax.metrics import (
     mae,
 )
 from coatnet_jax.pages import percent, share_range, write_csv, write_json, write_report
-from coatnet_jax.release_weights import PACKAGED
+from coatnet_jax.release_weights import PACKAGED, SMALL
 from coatnet_jax.training_set import open_training_set
 from input_pipeline.pipeline import Faces, open_split
 
@@ -80,7 +80,8 @@ def run(
     (default: the run's own).
 
     Writes metrics.json, report.md and .html, their pictures and predictions.csv under `out`
-    (default: a folder of its own in `<run_dir>/evaluate`, of the packaged model in `evaluation`);
+    (default: a folder of its own in `<run_dir>/evaluate`, of a packaged model in `evaluation` or
+    `evaluation_small`);
     with `show_faces` worst.png too. The constants of the 90 % intervals go to
     `<run_dir>/conformal.json`. Raises ValueError for a run without an age head, and where a face
     was trained on; copies that a published table of splits tears apart are counted instead
@@ -131,11 +132,12 @@ def run(
         "environment": environment(),
         **score(p, age, train_age=trained.labels["age"], decode=decode),
     }
-    packaged = run_dir.resolve() == PACKAGED.resolve()
+    reports = {PACKAGED.resolve(): "evaluation", SMALL.resolve(): "evaluation_small"}
+    packaged = reports.get(run_dir.resolve())
     # Only of what `predict` does, kept for it or taken from what was kept.
     as_predicted = which == "best" and flip and sides is None
     if trained.validation is not None:
-        kept = packaged and read_constants(run_dir, step=model.step) is not None
+        kept = bool(packaged) and read_constants(run_dir, step=model.step) is not None
         keep = as_predicted and not kept
         constants = conformal_constants(model, trained.validation, flip=flip, keep=keep)
     else:
@@ -156,8 +158,7 @@ def run(
         attributes = {"gender": q[:, :2], "race": q[:, 2:]}
         if table := attribute_table(attributes, labels, trained.labels):
             result["attributes"] = table
-    reports = Path("evaluation") if packaged else run_dir / "evaluate"
-    out = Path(out) if out else reports / _folder_name(result)
+    out = Path(out) if out else Path(packaged or run_dir / "evaluate") / _folder_name(result)
     columns = {key: np.asarray(faces.labels[key])[rows] for key in ("pixel_hash", "gender", "race")}
     columns |= {"low": np.round(low, 2), "high": np.round(high, 2)}
     (out / "worst.png").unlink(missing_ok=True)  # of an earlier run that showed faces

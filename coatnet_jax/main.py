@@ -272,8 +272,20 @@ def _parser() -> argparse.ArgumentParser:
     release = add("release", _release, "a fine-tuned run as a small folder with a model card")
     release.add_argument("run_dir", help="workdir of a fine-tuning run")
     release.add_argument("--out", required=True, help="folder to write")
+    release.add_argument(
+        "--max-mb",
+        type=float,
+        metavar="MB",
+        help="round the weights to 8-bit integers where they take more in bfloat16",
+    )
     release.add_argument("--root", help="folder for built data (default: the run's)")
 
+    for command in (evaluate, predict):
+        command.add_argument(
+            "--small",
+            action="store_true",
+            help="with the small model of the package: less exact, several times as fast on a CPU",
+        )
     for command in (evaluate, release):
         command.add_argument(
             "--sides",
@@ -421,9 +433,8 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from coatnet_jax.evaluate import run
-    from coatnet_jax.release_weights import PACKAGED
 
-    arguments.run_dir = arguments.run_dir or str(PACKAGED)
+    arguments.run_dir = str(_model(arguments.run_dir, small=arguments.small))
     run(
         Path(arguments.run_dir),
         _run_data(arguments),
@@ -466,7 +477,19 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     find = None if arguments.no_detect else _detector("--no-detect takes face crops as they are")
     run_dir, inputs = split_run(arguments.paths)
+    run_dir = _model(run_dir, small=arguments.small)
     run(run_dir, inputs, find=find, out=arguments.out, programs=home() / "compiled")
+
+
+def _model(run_dir: str | Path | None, *, small: bool) -> str | Path:
+    """Folder of the run that is named, or of the packaged model, or of the small one."""
+    from coatnet_jax.release_weights import PACKAGED, SMALL
+
+    if run_dir and small:
+        raise ValueError(
+            f"{run_dir} and --small are two models: leave out --small, which is one of the package"
+        )
+    return run_dir or (SMALL if small else PACKAGED)
 
 
 def _detector(otherwise: str):
@@ -483,7 +506,8 @@ def _release(arguments: argparse.Namespace) -> None:
     from coatnet_jax.release import write_release
 
     data = _data_of(arguments.run_dir, root=arguments.root)
-    write_release(Path(arguments.run_dir), data, Path(arguments.out), sides=arguments.sides)
+    options = {"sides": arguments.sides, "max_mb": arguments.max_mb}
+    write_release(Path(arguments.run_dir), data, Path(arguments.out), **options)
 
 
 def _soup(arguments: argparse.Namespace) -> None:

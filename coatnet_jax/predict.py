@@ -18,7 +18,7 @@ from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, get_de
 from coatnet_jax.conformal import conformal_interval, posterior_interval, read_constants
 from coatnet_jax.inference import Run, load_run
 from coatnet_jax.pages import write_csv
-from coatnet_jax.release_weights import FILE, PACKAGED
+from coatnet_jax.release_weights import FILES
 from input_pipeline.face_crops import (
     CROP,
     Face,
@@ -37,7 +37,7 @@ from input_pipeline.images import centre_square, decode_image
 ENDINGS = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif"}
 # Looked for in folders too, so that they are named as unreadable instead of passed over.
 UNSUPPORTED = {".heic", ".heif", ".avif", ".gif"}
-RUN_FILES = ("config.json", "run.json", "checkpoints", FILE)  # what tells the folder of a run
+RUN_FILES = ("config.json", "run.json", "checkpoints", *FILES)  # what tells the folder of a run
 SHAPES = (1, 8, 32)  # sizes of a batch
 ON_SHEET = 24
 CROP_SIDE = 400  # px; a square picture up to this may be a face crop in which no face is found
@@ -67,13 +67,13 @@ class Look:
         return decode_image(encode_crop(crop), size)
 
 
-def split_run(paths: Sequence[str | Path]) -> tuple[Path, list[str | Path]]:
+def split_run(paths: Sequence[str | Path]) -> tuple[Path | None, list[str | Path]]:
     """(folder of the run, pictures) of what the command line names: the first is a run if it holds
-    a file of one, be others missing, else the model of the package predicts."""
+    a file of one, be others missing, else none is named."""
     first = Path(paths[0]).expanduser()
     if any((first / name).exists() for name in RUN_FILES):
         return first, list(paths[1:])
-    return PACKAGED, list(paths)
+    return None, list(paths)
 
 
 def run(

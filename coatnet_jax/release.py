@@ -1,11 +1,14 @@
-"""A fine-tuned run as a small folder to hand on; the one in the package is made so.
+"""A fine-tuned run as a small folder to hand on; those in the package are made so.
 
-    coatnet-jax release runs/finetune --out=coatnet_jax/released
+    coatnet-jax release runs/finetune --out=coatnet_jax/released --max-mb=12
 
 `weights.safetensors` holds the parameters in bfloat16, half of their bytes, and BatchNorm's
-statistics in float32. Beside it lie config.json and run.json without the paths of the machine,
-evaluation.json and conformal.json, measured with these very weights, MODEL_CARD.md, and
-`training_faces.safetensors`, by which other faces are told from those trained on (`training_set`).
+statistics in float32. Where that is more than `--max-mb` allows, `weights.safetensors.gz` has the
+kernels in 8-bit integers, rounded as finely as fits. The model computes in float32 from then on,
+whatever it was trained in: for a CPU bfloat16 is slower. Beside the weights lie config.json and
+run.json without the paths of the machine, evaluation.json and conformal.json, measured with these
+very weights, MODEL_CARD.md, and `training_faces.safetensors`, by which other faces are told from
+those trained on (`training_set`).
 Every command that takes the folder of a run takes such a folder too.
 """
 
@@ -30,13 +33,19 @@ WANTED = ("parameters", "data_fingerprint", "git_revision", "devices")  # by the
 
 
 def write_release(
-    run_dir: Path, data_folder: Path, out: Path, *, sides: Sequence[float] | None = None
+    run_dir: Path,
+    data_folder: Path,
+    out: Path,
+    *,
+    sides: Sequence[float] | None = None,
+    max_mb: float | None = None,
 ) -> dict[str, Any]:
     """Write the best checkpoint of a run to `out` and evaluate what was written on the test split.
 
     `sides` take the place of the run's own `eval_sides`; choose them on the validation split.
-    Gives back the evaluation, whose report goes to `<run_dir>/released`. Raises ValueError for a
-    run without an age head or one whose `init_from` is gone, where `out` holds a run, and what
+    `max_mb` is how many million bytes the weights may take. Gives back the evaluation, whose report
+    goes to `<run_dir>/released`. Raises ValueError for a run without an age head or one whose
+    `init_from` is gone, where `out` holds a run or the weights take more than `max_mb`, and what
     `evaluate.run` raises.
     """
     run_dir, out = Path(run_dir), Path(out)
@@ -57,15 +66,17 @@ def write_release(
         raise ValueError(f"{out} is the folder of a run, which this would ruin; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_record(out, run_dir, data_folder, config.data.splits)  # first: the data may be missing
+    weights = save_weights(out, variables, step=step, max_mb=max_mb)
     for name in (conformal.FILE, EVALUATION, CARD):  # of what was there before
         (out / name).unlink(missing_ok=True)
-    save_weights(out / FILE, variables, step=step)
+    config.model.dtype, config.model.attention = "float32", "xla"
     config.data.root, config.init_from, config.init_head = "", "", False
     if "distill" in config:
         config.distill.teachers = ""
     save_config(config, out / "config.json")
     run = {key: told[key] for key in KEPT if key in told} | {"before": before, "step": step}
     run["finished"] = told.get("finished", is_released(run_dir))
+    run["kept_in"] = "bfloat16" if weights.name == FILE else "8-bit integers"
     write_json(out / "run.json", run)
     report = run_dir / "released"
     result = evaluate.run(out, data_folder, out=report, show_faces=False)
@@ -75,8 +86,8 @@ def write_release(
     write_json(out / EVALUATION, measured)
     card = release_card(config, run, measured, others)
     (out / CARD).write_text(card, encoding="utf-8")
-    size = (out / FILE).stat().st_size / 1e6
-    print(f"released to {out}: {FILE} ({size:.1f} MB), {CARD}, {EVALUATION}")
+    size = weights.stat().st_size / 1e6
+    print(f"released to {out}: {weights.name} ({size:.1f} MB), {CARD}, {EVALUATION}")
     return result
 
 

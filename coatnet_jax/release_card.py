@@ -56,8 +56,9 @@ def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
     minutes = f", {run['wall_seconds'] / 60:.0f} minutes" if "wall_seconds" in run else ""
     averaged = run.get("averaged", 1)
     mean = f", the mean of {averaged} such runs (arXiv 2203.05482)" if averaged > 1 else ""
+    kept_in = run.get("kept_in", "bfloat16")
     return (
-        f"{run['parameters'] / 1e6:.2f} M parameters, kept in bfloat16{mean}. Fine-tuned on "
+        f"{run['parameters'] / 1e6:.2f} M parameters, kept in {kept_in}{mean}. Fine-tuned on "
         f"{training_split(config.data.name, config.data.splits)} for {config.epochs:g} "
         f"epochs{stopped}, {start}{teachers}"
         f"{'' if outside else ', with no outside weights or labels'}; seed {config.seed}, data "

@@ -1,4 +1,5 @@
-"""The weights of a released folder: one file, with the parameters rounded to bfloat16."""
+"""The weights of a released folder: one file, with the parameters rounded to bfloat16 or, where
+that would be too large, the kernels to 8-bit integers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,27 +8,79 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from coatnet_jax.weight_files import nested, read_metadata, read_weights, write_weights
+from coatnet_jax.quantise import coarsest, dequantise, quantise
+from coatnet_jax.weight_files import GZIP, nested, read_metadata, read_weights, weights_data
 
 FILE = "weights.safetensors"
+FILES = (FILE, FILE + GZIP)  # of bfloat16 or of integers; a folder holds one
 PACKAGED = Path(__file__).parent / "released"  # the model that comes with the package
+SMALL = PACKAGED.with_name("released_small")  # another, less exact and several times as fast
+TRIALS = 10  # of how coarse the integers' steps are; they settle it to less than a percent
 
 
-def save_weights(path: Path, variables: Mapping[str, Any], *, step: int) -> None:
-    """Write {'params', 'batch_stats'}, the parameters rounded to bfloat16."""
+def save_weights(
+    folder: Path, variables: Mapping[str, Any], *, step: int, max_mb: float | None = None
+) -> Path:
+    """Write {'params', 'batch_stats'}, the parameters rounded to bfloat16, and return the file.
+
+    Where that takes more than `max_mb` million bytes, kernels are rounded to 8-bit integers, as
+    finely as fits. What `folder` held before is replaced. Raises ValueError where nothing fits.
+    """
     from flax.traverse_util import flatten_dict
 
     flat = flatten_dict({kind: variables[kind] for kind in ("params", "batch_stats")}, sep="/")
-    arrays = {
-        name: np.asarray(value, ml_dtypes.bfloat16 if name.startswith("params/") else np.float32)
-        for name, value in flat.items()
+    arrays = {name: np.asarray(value, np.float32) for name, value in flat.items()}
+    metadata, path = {"step": str(step)}, folder / FILE
+    rounded = {
+        name: array.astype(ml_dtypes.bfloat16) if name.startswith("params/") else array
+        for name, array in arrays.items()
     }
-    write_weights(path, arrays, metadata={"step": str(step)})
+    data = weights_data(rounded, metadata=metadata)
+    if max_mb is not None and len(data) > 1e6 * max_mb:
+        path = folder / (FILE + GZIP)
+        data = _finest(arrays, metadata=metadata, max_mb=max_mb)
+    path.write_bytes(data)
+    for name in FILES:
+        if name != path.name:
+            (folder / name).unlink(missing_ok=True)
+    return path
+
+
+def _finest(
+    arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str], max_mb: float
+) -> bytes:
+    """The file with the least coarse integers that takes at most `max_mb` million bytes."""
+
+    def data(coarseness: float) -> bytes:
+        return weights_data(quantise(arrays, coarseness), metadata=metadata, compressed=True)
+
+    fits, low, high = data(0), coarsest(arrays) / 100, coarsest(arrays)
+    if len(fits) <= 1e6 * max_mb:
+        return fits
+    fits = data(high)
+    if len(fits) > 1e6 * max_mb:
+        raise ValueError(
+            f"the weights take {len(fits) / 1e6:.1f} MB with the coarsest integers, more than "
+            f"{max_mb:g}: allow as much, or release a smaller model"
+        )
+    for _ in range(TRIALS):
+        middle = (low * high) ** 0.5
+        tried = data(middle)
+        if len(tried) <= 1e6 * max_mb:
+            fits, high = tried, middle
+        else:
+            low = middle
+    return fits
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file of released weights in a folder, if it holds one."""
+    return next((path for name in FILES if (path := Path(folder) / name).is_file()), None)
 
 
 def is_released(folder: Path) -> bool:
     """Whether the folder holds released weights rather than checkpoints."""
-    return (Path(folder) / FILE).is_file()
+    return weights_file(folder) is not None
 
 
 def load_released(folder: Path, *, which: str = "best") -> tuple[dict[str, Any], int]:
@@ -35,7 +88,10 @@ def load_released(folder: Path, *, which: str = "best") -> tuple[dict[str, Any],
 
     Raises ValueError where the file is damaged or not one of ours, or `which` is another step.
     """
-    variables, step = _read(Path(folder) / FILE)
+    path = weights_file(folder)
+    if path is None:
+        raise FileNotFoundError(f"there is no file {Path(folder) / FILE}")
+    variables, step = _read(path)
     if which not in ("best", "latest", str(step)):
         raise ValueError(f"no checkpoint {which!r} in {folder}: it holds step {step} alone")
     return variables, step
@@ -43,6 +99,10 @@ def load_released(folder: Path, *, which: str = "best") -> tuple[dict[str, Any],
 
 def _read(path: Path) -> tuple[dict[str, Any], int]:
     arrays, metadata = read_weights(path), read_metadata(path)
+    try:
+        arrays = dequantise(arrays)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     tree = nested({tuple(k.split("/")): np.asarray(v, np.float32) for k, v in arrays.items()})
     if "params" not in tree or not metadata.get("step", "").isdigit():
         raise ValueError(f"{path} was not written by coatnet-jax release")

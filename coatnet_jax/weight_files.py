@@ -1,14 +1,18 @@
-"""Files of named arrays: .safetensors, and PyTorch's .pth, which is read without running its code.
+"""Files of named arrays: .safetensors, the same through gzip, and PyTorch's .pth, read without
+running its code.
 
 A .pth file is a zip archive of raw arrays and a pickle, and a pickle may call anything. This one
 may call three things, which make tensors and a dict; a file that names another is refused.
 """
 
 import collections
+import gzip
 import io
+import json
 import math
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
-from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, load_file, save
 
 DTYPES = {
     "DoubleStorage": np.float64,
@@ -31,13 +34,14 @@ DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+GZIP = ".gz"  # ends the name of a file that is compressed
 # Keys under which training programs keep the weights, among other things.
 INSIDE = ("state_dict", "model")
 CONVERT = "load it where PyTorch is and save its state_dict alone, best as .safetensors"
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Names and arrays of a .safetensors or PyTorch file.
+    """Names and arrays of a .safetensors, .safetensors.gz or PyTorch file.
 
     Raises FileNotFoundError where there is no such file, ValueError where it is damaged, encrypted,
     of another kind, or holds anything but arrays.
@@ -48,11 +52,13 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         start = file.read(9)
     if start.startswith(b"PK\x03\x04"):
         return _read_torch(path)
-    if start[8:] == b"{":
-        try:
+    try:
+        if start.startswith(b"\x1f\x8b"):
+            return load(gzip.decompress(path.read_bytes()))
+        if start[8:] == b"{":
             return load_file(path)
-        except (safetensors.SafetensorError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+    except (safetensors.SafetensorError, TypeError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     old = start[:1] == b"\x80"
     what = "a PyTorch file from before version 1.6" if old else "neither .safetensors nor PyTorch's"
     raise ValueError(f"{path} is {what}; {CONVERT}")
@@ -62,14 +68,28 @@ def write_weights(
     path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str]
 ) -> None:
     """Write a .safetensors file of named arrays, with a few words about them."""
+    # Others may read it; safetensors' own `save_file` forbids it.
+    path.write_bytes(weights_data(arrays, metadata=metadata))
+
+
+def weights_data(
+    arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str], compressed: bool = False
+) -> bytes:
+    """What `write_weights` writes, or the same through gzip, for a name that ends with `GZIP`."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    path.write_bytes(save(contiguous, dict(metadata)))  # others may read it; `save_file` forbids it
+    data = save(contiguous, dict(metadata))
+    if not compressed:
+        return data
+    # Weights repeat no phrases: to look for some takes ten times as long and makes the file larger.
+    gzip_of = zlib.compressobj(wbits=16 + zlib.MAX_WBITS, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return gzip_of.compress(data) + gzip_of.flush()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The words that a .safetensors file holds beside its arrays; it must be readable."""
-    with safe_open(path, framework="numpy") as file:
-        return file.metadata() or {}
+    with gzip.open(path) if path.suffix == GZIP else path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    return json.loads(header).get("__metadata__", {})
 
 
 def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

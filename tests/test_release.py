@@ -1,5 +1,6 @@
 """A run as a folder to hand on: the same answers, no paths of the machine, a model card."""
 
+import csv
 import json
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from coatnet_jax import predict, pretrained, release, release_weights
 from coatnet_jax.checkpoint import check_unused, load_variables
 from coatnet_jax.config import load_config, read_config
 from coatnet_jax.lineage import stages_before
+from coatnet_jax.main import main
 from coatnet_jax.release_card import release_card
 from coatnet_jax.training_set import FILE as RECORD
 
@@ -78,7 +80,7 @@ def variables():
 
 
 def test_weights_come_back_rounded_to_bfloat16(tmp_path, variables):
-    release_weights.save_weights(tmp_path / release_weights.FILE, variables, step=7)
+    release_weights.save_weights(tmp_path, variables, step=7)
     for which in ("best", "latest", "7"):
         loaded, step = load_variables(tmp_path, which=which)
         assert step == 7
@@ -186,10 +188,10 @@ def test_a_release_spoils_no_run(run_dir, variables, tmp_path, monkeypatch):
     for out in (run_dir, other):
         with pytest.raises(ValueError, match="folder of a run, which this would ruin"):
             release.write_release(run_dir, "data", out)
-    release_weights.save_weights(other / release_weights.FILE, variables, step=1)
+    release_weights.save_weights(other, variables, step=1)
     for path in (other, tmp_path / "new"):
         path.mkdir(exist_ok=True)
-    release_weights.save_weights(tmp_path / "new" / release_weights.FILE, variables, step=1)
+    release_weights.save_weights(tmp_path / "new", variables, step=1)
     for path, holds in ((other, "a run"), (tmp_path / "new", "a released model")):
         with pytest.raises(ValueError, match=f"holds {holds} already; give a new --workdir"):
             check_unused(path, flag="--workdir")
@@ -317,21 +319,34 @@ def test_card_says_results_by_group_terms_and_use():
     assert "9.99" not in card  # crossings are in evaluation.json
 
 
-def test_the_packaged_model_is_small_and_answers(tmp_path, capsys):
-    assert (release_weights.PACKAGED / release_weights.FILE).stat().st_size <= 12e6
-    card = (release_weights.PACKAGED / "MODEL_CARD.md").read_text()
+@pytest.mark.parametrize("small", [False, True])
+def test_the_packaged_models_are_small_and_answer(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COATNET_JAX_HOME", str(tmp_path / "home"))
+    folder = release_weights.SMALL if small else release_weights.PACKAGED
+    assert release_weights.weights_file(folder).stat().st_size <= 12e6
+    card = (folder / "MODEL_CARD.md").read_text()
     assert "non-commercial research" in card and "## Limits" in card
     crop = tmp_path / "a.png"
     Image.fromarray(np.full((120, 120, 3), 128, np.uint8)).save(crop)
-    (row,) = predict.run(release_weights.PACKAGED, [crop], out=tmp_path / "out")
+    options = ["--small"] if small else []
+    with pytest.raises(SystemExit) as end:
+        main(["predict", str(crop), "--no-detect", f"--out={tmp_path}/out", *options])
+    assert end.value.code == 0
+    assert f"answered by {folder}, step" in capsys.readouterr().out
+    (row,) = csv.DictReader((tmp_path / "out/predictions.csv").read_text().splitlines())
     assert row["interval"] == "conformal"
-    assert 0 <= row["low"] <= row["age"] <= row["high"] <= 116
+    assert 0 <= float(row["low"]) <= float(row["age"]) <= float(row["high"]) <= 116
 
 
-def test_without_a_run_the_packaged_model_predicts(run_dir, tmp_path):
+def test_a_run_is_told_from_pictures(run_dir, tmp_path, capsys):
     photo = tmp_path / "a.jpg"
     assert predict.split_run([run_dir, photo]) == (run_dir, [photo])
     (run_dir / "config.json").unlink()  # it stays a run, though a damaged one
     assert predict.split_run([run_dir, photo]) == (run_dir, [photo])
-    assert predict.split_run([photo]) == (release_weights.PACKAGED, [photo])
-    assert predict.split_run([tmp_path, photo]) == (release_weights.PACKAGED, [tmp_path, photo])
+    assert predict.split_run([photo]) == (None, [photo])
+    assert predict.split_run([tmp_path, photo]) == (None, [tmp_path, photo])
+    for command in (["predict", str(run_dir), "a.jpg", "--no-detect"], ["evaluate", str(run_dir)]):
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--small"])
+        assert end.value.code == 1
+        assert f"{run_dir} and --small are two models" in capsys.readouterr().err
