@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in pieces that fit a borrowed one: speed against timm; SimCLR,
-# fine-tuning and evaluation of one model on UTKFace in bfloat16, as run V of docs/results.md; what
-# it can teach the small model of the package; cuDNN's attention and precision.
+# fine-tuning and evaluation of one model on UTKFace in bfloat16, as run V of docs/results.md, which
+# is the model of the package; what it can teach the small one there; cuDNN's attention; precision.
 #
 #     benchmarks/on_gpu.sh OUT utkface-0*.tar                   # once, or again until it says done
 #     MODEL=micro MINUTES=25 FINETUNE_FLAGS=--config.epochs=100 benchmarks/on_gpu.sh OUT utkface.zip
@@ -55,17 +55,18 @@ views+=" --config.data.label_noise=widen --config.optim.layer_decay=1"
 train finetune "finetune:$model" "$size" --config.init_from="$out/pretrain" $views \
     --config.monitor.every_epochs=12.5 ${FINETUNE_FLAGS:-}
 once evaluate coatnet-jax evaluate "$out/finetune" --no-faces
-# The packaged model goes on with it as a teacher, if both see views of one size and have not been
-# trained on each other's test faces.
+# The small packaged model goes on with it as a teacher, if both see views of one size and have not
+# been trained on each other's test faces.
 if [ "$size" = 128 ] && [ "${SPLITS:-82_3_15}" = 82_3_15 ]; then
-    train taught finetune:micro 128 --config.init_from=coatnet_jax/released \
+    train taught finetune:micro 128 --config.init_from=coatnet_jax/released_small \
         --config.init_head=True $views --config.optim.lr=6e-4 --config.optim.warmup_epochs=1 \
         --config.monitor.every_epochs=3.75 --config.distill.weight=0.7 \
-        --config.distill.teachers="$out/finetune,coatnet_jax/released" \
+        --config.distill.teachers="$out/finetune,coatnet_jax/released_small" \
         ${TAUGHT_FLAGS:---config.epochs=30}
     once evaluate_taught coatnet-jax evaluate "$out/taught" --no-faces
 fi
 # What can wait for another day.
+once release coatnet-jax release "$out/finetune" --out="$out/released" --max-mb=12
 once speed_256 python benchmarks/model_speed.py --models "$timed" --batch 64 --dtype bfloat16 \
     --image-size 256 --cudnn --rounds 30 --at-once
 once precision python benchmarks/precision.py --models "$timed"

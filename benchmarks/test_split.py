@@ -1,8 +1,9 @@
-"""The test split of UTKFace: our run against the dlib package, on the same crops.
+"""The test split of UTKFace: one of our models against the dlib package, on the same crops.
 
-    python benchmarks/test_split.py runs/finetune        # after coatnet-jax evaluate runs/finetune
+    coatnet-jax evaluate && python benchmarks/test_split.py evaluation/test
+    coatnet-jax evaluate runs/a && python benchmarks/test_split.py runs/a/evaluate/test
 
-Ours are the ages of `RUN/evaluate/test/predictions.csv`. The peer looks for the face in each crop,
+Ours are the ages of the evaluation's predictions.csv. The peer looks for the face in each crop,
 as it would in a photo, and takes the whole crop where it finds none; what it was trained on is not
 told, so some of these faces may have been among that. `dlib_package.py` says how it is installed.
 """
@@ -29,15 +30,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN")
+    parser.add_argument("evaluated", type=Path, help="folder that coatnet-jax evaluate wrote")
     parser.add_argument("--root", default="", help="folder for built data")
     parser.add_argument("--name", default="utkface", help="prepared data set")
     parser.add_argument("--limit", type=int, default=10**9, help="faces, evenly picked")
     parser.add_argument("--out", type=Path, help="JSON to write")
     arguments = parser.parse_args()
-    evaluated = arguments.run_dir / "evaluate" / "test"
-    constant = json.loads((evaluated / "metrics.json").read_text())["baseline"]["median_age"]
-    with (evaluated / "predictions.csv").open(newline="", encoding="utf-8") as lines:
+    told = json.loads((arguments.evaluated / "metrics.json").read_text())
+    constant = told["baseline"]["median_age"]
+    with (arguments.evaluated / "predictions.csv").open(newline="", encoding="utf-8") as lines:
         ours = {row["file"]: row for row in csv.DictReader(lines)}
     faces = open_split(data_folder(arguments.name, arguments.root), "test")
     pixels = decode_once(faces, SIDE).pixels

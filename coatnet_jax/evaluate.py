@@ -81,8 +81,7 @@ def run(
 
     Writes metrics.json, report.md and .html, their pictures and predictions.csv under `out`
     (default: a folder of its own in `<run_dir>/evaluate`, of a packaged model in `evaluation` or
-    `evaluation_small`);
-    with `show_faces` worst.png too. The constants of the 90 % intervals go to
+    `evaluation_small`); with `show_faces` worst.png too. The constants of the 90 % intervals go to
     `<run_dir>/conformal.json`. Raises ValueError for a run without an age head, and where a face
     was trained on; copies that a published table of splits tears apart are counted instead
     (`check_no_leak`).

@@ -284,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--small",
             action="store_true",
-            help="with the small model of the package: less exact, several times as fast on a CPU",
+            help="with the small model of the package: less exact, faster on a CPU",
         )
     for command in (evaluate, release):
         command.add_argument(
@@ -465,7 +465,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         arguments.run_dirs,
         evaluation=arguments.evaluation,
         out=arguments.out,
-        evaluate=(lambda path: evaluate(path, _data_of(path)))
+        # Where it is looked for, also of a packaged model, whose own reports lie elsewhere.
+        evaluate=(lambda path: evaluate(path, _data_of(path), out=path / "evaluate" / "test"))
         if arguments.evaluation == "test"
         else None,
     )
@@ -506,8 +507,13 @@ def _release(arguments: argparse.Namespace) -> None:
     from coatnet_jax.release import write_release
 
     data = _data_of(arguments.run_dir, root=arguments.root)
-    options = {"sides": arguments.sides, "max_mb": arguments.max_mb}
-    write_release(Path(arguments.run_dir), data, Path(arguments.out), **options)
+    write_release(
+        Path(arguments.run_dir),
+        data,
+        Path(arguments.out),
+        sides=arguments.sides,
+        max_mb=arguments.max_mb,
+    )
 
 
 def _soup(arguments: argparse.Namespace) -> None:

@@ -14,14 +14,14 @@ import numpy as np
 
 STEP = ":step"  # ends the name of the steps [out] of the integers [..., out] of the same name
 LARGEST = 127
-SMALL = 2**14  # values; kernels with fewer stay as they are: all of them weigh next to nothing
+LEAST = 2**14  # values; kernels with fewer stay as they are: all of them weigh next to nothing
 
 
 def quantise(arrays: Mapping[str, np.ndarray], coarseness: float) -> dict[str, np.ndarray]:
     """The arrays, those that `is_quantised` as int8 [..., out] and, with `STEP`, float32 [out].
 
-    A step is `coarseness` times the root mean square of its channel's weights and the root of how
-    many the kernel has, or what int8 needs at least.
+    A step is `coarseness` times the root mean square of its channel's weights times the root of how
+    many the kernel has, or a 127th of the channel's largest weight, whichever is larger.
     """
     result = {}
     for name, array in arrays.items():
@@ -49,12 +49,16 @@ def dequantise(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def is_quantised(name: str, array: np.ndarray) -> bool:
     """Whether an array is a kernel that is worth it."""
-    return name.endswith("/kernel") and array.size >= SMALL
+    return name.endswith("/kernel") and array.size >= LEAST
 
 
 def coarsest(arrays: Mapping[str, np.ndarray]) -> float:
-    """The coarseness with which the largest kernel's steps are as large as its weights."""
-    return max(array.size for array in arrays.values()) ** -0.5
+    """The coarseness with which the largest kernel's steps are as large as its weights are in the
+    root mean square. Raises ValueError where no array `is_quantised`."""
+    sizes = [array.size for name, array in arrays.items() if is_quantised(name, array)]
+    if not sizes:
+        raise ValueError(f"no kernel has {LEAST} weights, so none would be smaller as integers")
+    return max(sizes) ** -0.5
 
 
 def _quantise(array: np.ndarray, coarseness: float) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ whatever it was trained in: for a CPU bfloat16 is slower. Beside the weights lie
 run.json without the paths of the machine, evaluation.json and conformal.json, measured with these
 very weights, MODEL_CARD.md, and `training_faces.safetensors`, by which other faces are told from
 those trained on (`training_set`).
+
 Every command that takes the folder of a run takes such a folder too.
 """
 
@@ -22,8 +23,8 @@ from coatnet_jax.config import read_config, read_json, save_config
 from coatnet_jax.inference import check_sides, sides_of
 from coatnet_jax.lineage import stages_before
 from coatnet_jax.pages import write_json
-from coatnet_jax.release_card import release_card
-from coatnet_jax.release_weights import FILE, is_released, save_weights
+from coatnet_jax.release_card import INTEGERS, release_card
+from coatnet_jax.release_weights import FILE, is_released, pack_weights, save_weights
 from coatnet_jax.training_set import write_record
 
 KEPT = ("started", "parameters", "data_fingerprint", "git_revision", "python", "versions")
@@ -55,6 +56,8 @@ def write_release(
         raise ValueError(
             f"{run_dir} is a {config.stage} run without an age head; release a finetune run"
         )
+    if max_mb is not None and not max_mb > 0:
+        raise ValueError(f"--max-mb is a size in million bytes, over 0, not {max_mb}")
     if sides is not None:
         config.eval_sides = check_sides(sides)
     told = read_json(run_dir / "run.json", wants=WANTED)
@@ -64,9 +67,11 @@ def write_release(
     others = _other_sets(run_dir, released)
     if out.resolve() == run_dir.resolve() or (out / FOLDER).is_dir():
         raise ValueError(f"{out} is the folder of a run, which this would ruin; give another --out")
+    # Before anything is replaced: they may not fit, the data may be missing.
+    packed = pack_weights(variables, step=step, max_mb=max_mb)
     out.mkdir(parents=True, exist_ok=True)
-    write_record(out, run_dir, data_folder, config.data.splits)  # first: the data may be missing
-    weights = save_weights(out, variables, step=step, max_mb=max_mb)
+    write_record(out, run_dir, data_folder, config.data.splits)
+    save_weights(out, packed)
     for name in (conformal.FILE, EVALUATION, CARD):  # of what was there before
         (out / name).unlink(missing_ok=True)
     config.model.dtype, config.model.attention = "float32", "xla"
@@ -76,7 +81,9 @@ def write_release(
     save_config(config, out / "config.json")
     run = {key: told[key] for key in KEPT if key in told} | {"before": before, "step": step}
     run["finished"] = told.get("finished", is_released(run_dir))
-    run["kept_in"] = "bfloat16" if weights.name == FILE else "8-bit integers"
+    # What was rounded to integers once does not become finer.
+    integers = packed.name != FILE or told.get("kept_in") == INTEGERS
+    run["kept_in"] = INTEGERS if integers else "bfloat16"
     write_json(out / "run.json", run)
     report = run_dir / "released"
     result = evaluate.run(out, data_folder, out=report, show_faces=False)
@@ -86,8 +93,8 @@ def write_release(
     write_json(out / EVALUATION, measured)
     card = release_card(config, run, measured, others)
     (out / CARD).write_text(card, encoding="utf-8")
-    size = weights.stat().st_size / 1e6
-    print(f"released to {out}: {weights.name} ({size:.1f} MB), {CARD}, {EVALUATION}")
+    size = len(packed.data) / 1e6
+    print(f"released to {out}: {packed.name} ({size:.1f} MB), {CARD}, {EVALUATION}")
     return result
 
 

@@ -8,6 +8,7 @@ import ml_collections
 from coatnet_jax.inference import sides_of
 from coatnet_jax.terms import DISCOURAGED, LIMITS, OTHER_LIMITS, data_terms, training_split
 
+INTEGERS = "8-bit integers"
 HEADINGS = {"age": "Age band", "gender": "Gender, as labelled", "race": "Group, as labelled"}
 
 
@@ -32,7 +33,7 @@ def release_card(
         *_groups(result),
         "## Calibration",
         _calibration(result),
-        *_others(others),
+        *_others(others, rounded=run.get("kept_in") == INTEGERS),
         "## Limits",
         LIMITS if name == "utkface" else OTHER_LIMITS,
         "## Use",
@@ -152,7 +153,7 @@ def _calibration(result: Mapping[str, Any]) -> str:
     return text
 
 
-def _others(others: Sequence[Mapping[str, Any]]) -> list[str]:
+def _others(others: Sequence[Mapping[str, Any]], *, rounded: bool) -> list[str]:
     if not others:
         return []
     rows = [
@@ -166,7 +167,8 @@ def _others(others: Sequence[Mapping[str, Any]]) -> list[str]:
         for result in others
     ]
     columns = ("set", "faces", "MAE, years", "4 classes", "inside the 90 % interval")
-    return ["## Other pictures", _table(columns, rows)]
+    before = ["Measured before the weights were rounded to integers."] if rounded else []
+    return ["## Other pictures", *before, _table(columns, rows)]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,9 +1,10 @@
 """The weights of a released folder: one file, with the parameters rounded to bfloat16 or, where
 that would be too large, the kernels to 8-bit integers."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -14,54 +15,67 @@ from coatnet_jax.weight_files import GZIP, nested, read_metadata, read_weights, 
 FILE = "weights.safetensors"
 FILES = (FILE, FILE + GZIP)  # of bfloat16 or of integers; a folder holds one
 PACKAGED = Path(__file__).parent / "released"  # the model that comes with the package
-SMALL = PACKAGED.with_name("released_small")  # another, less exact and several times as fast
+SMALL = PACKAGED.with_name("released_small")  # another, less exact and faster on a CPU
 TRIALS = 10  # of how coarse the integers' steps are; they settle it to less than a percent
 
 
-def save_weights(
-    folder: Path, variables: Mapping[str, Any], *, step: int, max_mb: float | None = None
-) -> Path:
-    """Write {'params', 'batch_stats'}, the parameters rounded to bfloat16, and return the file.
+class Packed(NamedTuple):
+    """Weights as they go into a file: its name and its content."""
 
-    Where that takes more than `max_mb` million bytes, kernels are rounded to 8-bit integers, as
-    finely as fits. What `folder` held before is replaced. Raises ValueError where nothing fits.
+    name: str
+    data: bytes
+
+
+def pack_weights(variables: Mapping[str, Any], *, step: int, max_mb: float | None = None) -> Packed:
+    """{'params', 'batch_stats'} with the parameters rounded to bfloat16.
+
+    Where that takes more than `max_mb` million bytes, kernels become 8-bit integers, as fine as
+    fits, and the rest stays in float32. Raises ValueError where nothing fits or a weight is not a
+    finite number.
     """
     from flax.traverse_util import flatten_dict
 
     flat = flatten_dict({kind: variables[kind] for kind in ("params", "batch_stats")}, sep="/")
     arrays = {name: np.asarray(value, np.float32) for name, value in flat.items()}
-    metadata, path = {"step": str(step)}, folder / FILE
+    if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"{broken[0]} holds numbers that are not finite: the training broke down")
     rounded = {
         name: array.astype(ml_dtypes.bfloat16) if name.startswith("params/") else array
         for name, array in arrays.items()
     }
+    metadata = {"step": str(step)}
     data = weights_data(rounded, metadata=metadata)
-    if max_mb is not None and len(data) > 1e6 * max_mb:
-        path = folder / (FILE + GZIP)
-        data = _finest(arrays, metadata=metadata, max_mb=max_mb)
-    path.write_bytes(data)
+    if max_mb is None or len(data) <= 1e6 * max_mb:
+        return Packed(FILE, data)
+    return Packed(FILE + GZIP, _finest(arrays, metadata=metadata, max_mb=max_mb))
+
+
+def save_weights(folder: Path, packed: Packed) -> None:
+    """Write the file, in place of the weights that `folder` holds."""
+    (folder / packed.name).write_bytes(packed.data)
     for name in FILES:
-        if name != path.name:
+        if name != packed.name:
             (folder / name).unlink(missing_ok=True)
-    return path
 
 
 def _finest(
     arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str], max_mb: float
 ) -> bytes:
-    """The file with the least coarse integers that takes at most `max_mb` million bytes."""
+    """The file with the finest integers that takes at most `max_mb` million bytes."""
 
     def data(coarseness: float) -> bytes:
         return weights_data(quantise(arrays, coarseness), metadata=metadata, compressed=True)
 
-    fits, low, high = data(0), coarsest(arrays) / 100, coarsest(arrays)
-    if len(fits) <= 1e6 * max_mb:
-        return fits
+    high = coarsest(arrays)
+    low, finest = high / 100, data(0)
+    if len(finest) <= 1e6 * max_mb:
+        return finest
     fits = data(high)
     if len(fits) > 1e6 * max_mb:
+        needed = math.ceil(len(fits) / 1e4) / 100  # rounded up, so that it is enough
         raise ValueError(
-            f"the weights take {len(fits) / 1e6:.1f} MB with the coarsest integers, more than "
-            f"{max_mb:g}: allow as much, or release a smaller model"
+            f"the weights take {needed:.2f} MB with the coarsest integers, more than {max_mb:g}: "
+            "allow as much, or release a smaller model"
         )
     for _ in range(TRIALS):
         middle = (low * high) ** 0.5
@@ -74,8 +88,11 @@ def _finest(
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The file of released weights in a folder, if it holds one."""
-    return next((path for name in FILES if (path := Path(folder) / name).is_file()), None)
+    """The file of released weights in a folder, if it holds one; ValueError for two."""
+    found = [path for name in FILES if (path := Path(folder) / name).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {' and '.join(FILES)}: remove the one of another model")
+    return found[0] if found else None
 
 
 def is_released(folder: Path) -> bool:
@@ -90,7 +107,7 @@ def load_released(folder: Path, *, which: str = "best") -> tuple[dict[str, Any],
     """
     path = weights_file(folder)
     if path is None:
-        raise FileNotFoundError(f"there is no file {Path(folder) / FILE}")
+        raise FileNotFoundError(f"there is no {' or '.join(FILES)} in {folder}")
     variables, step = _read(path)
     if which not in ("best", "latest", str(step)):
         raise ValueError(f"no checkpoint {which!r} in {folder}: it holds step {step} alone")
@@ -104,7 +121,7 @@ def _read(path: Path) -> tuple[dict[str, Any], int]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     tree = nested({tuple(k.split("/")): np.asarray(v, np.float32) for k, v in arrays.items()})
-    if "params" not in tree or not metadata.get("step", "").isdigit():
+    if "params" not in tree or not metadata.get("step", "").isdecimal():
         raise ValueError(f"{path} was not written by coatnet-jax release")
     return {"params": tree["params"], "batch_stats": tree.get("batch_stats", {})}, int(
         metadata["step"]

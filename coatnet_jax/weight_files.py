@@ -1,4 +1,4 @@
-"""Files of named arrays: .safetensors, the same through gzip, and PyTorch's .pth, read without
+"""Files of named arrays: .safetensors, also through gzip, and PyTorch's .pth, which is read without
 running its code.
 
 A .pth file is a zip archive of raw arrays and a pickle, and a pickle may call anything. This one
@@ -34,14 +34,14 @@ DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-GZIP = ".gz"  # ends the name of a file that is compressed
+GZIP, GZIP_MAGIC = ".gz", b"\x1f\x8b"  # end of the name and begin of what is in it
 # Keys under which training programs keep the weights, among other things.
 INSIDE = ("state_dict", "model")
 CONVERT = "load it where PyTorch is and save its state_dict alone, best as .safetensors"
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Names and arrays of a .safetensors, .safetensors.gz or PyTorch file.
+    """Names and arrays of a .safetensors or PyTorch file, or of one that `weights_data` compressed.
 
     Raises FileNotFoundError where there is no such file, ValueError where it is damaged, encrypted,
     of another kind, or holds anything but arrays.
@@ -53,12 +53,14 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     if start.startswith(b"PK\x03\x04"):
         return _read_torch(path)
     try:
-        if start.startswith(b"\x1f\x8b"):
-            return load(gzip.decompress(path.read_bytes()))
         if start[8:] == b"{":
             return load_file(path)
-    except (safetensors.SafetensorError, TypeError, EOFError, OSError, zlib.error) as error:
+        if start.startswith(GZIP_MAGIC):
+            return load(gzip.decompress(path.read_bytes()))
+    except (safetensors.SafetensorError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:  # a type of numbers that NumPy lacks
+        raise ValueError(f"{path} holds numbers of another kind than ours: {error}") from None
     old = start[:1] == b"\x80"
     what = "a PyTorch file from before version 1.6" if old else "neither .safetensors nor PyTorch's"
     raise ValueError(f"{path} is {what}; {CONVERT}")
@@ -80,16 +82,18 @@ def weights_data(
     data = save(contiguous, dict(metadata))
     if not compressed:
         return data
-    # Weights repeat no phrases: to look for some takes ten times as long and makes the file larger.
+    # Weights repeat no phrases: to look for some takes longer and makes the file larger.
     gzip_of = zlib.compressobj(wbits=16 + zlib.MAX_WBITS, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
     return gzip_of.compress(data) + gzip_of.flush()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The words that a .safetensors file holds beside its arrays; it must be readable."""
-    with gzip.open(path) if path.suffix == GZIP else path.open("rb") as file:
+    with path.open("rb") as file:
+        compressed = file.read(9)[8:] != b"{"
+    with gzip.open(path) if compressed else path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
-    return json.loads(header).get("__metadata__", {})
+    return json.loads(header).get("__metadata__") or {}
 
 
 def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

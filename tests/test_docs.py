@@ -40,6 +40,13 @@ def test_documented_command_is_understood(line):
         assert config.stage == name
 
 
+def test_documented_programs_are_there():
+    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    named = set(re.findall(r"benchmarks/\w+\.(?:py|sh)", "\n".join(texts)))
+    assert len(named) > 10
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
 def given_by(script: str, folder: Path, *words: str) -> list[list[str]]:
     """What the script in benchmarks/ gives to `coatnet-jax`, for which and for Python others stand
     in."""
@@ -64,8 +71,8 @@ def understood(name: str, argv: list[str]):
     return None, None
 
 
-def test_script_of_the_released_model_is_understood(tmp_path):
-    given = given_by("released_model.sh", tmp_path, f"{tmp_path}/runs", "faces.tar")
+def test_script_for_a_cpu_is_understood(tmp_path):
+    given = given_by("on_cpu.sh", tmp_path, f"{tmp_path}/runs", "faces.tar")
     assert given[0] == ["prepare", "faces.tar"] and given[-1][0] == "release"
     sizes = []
     for name, *argv in given:
@@ -91,3 +98,6 @@ def test_script_for_a_gpu_is_understood(tmp_path):
         "finetune": ("coatnet_0", 128, 100),
         "taught": ("coatnet_micro", 128, 30),
     }
+    assert [argv[1:] for argv in given if argv[0] == "release"] == [
+        [f"{tmp_path}/out/finetune", f"--out={tmp_path}/out/released", "--max-mb=12"]
+    ]

@@ -305,7 +305,12 @@ def test_evaluation_writes_the_constants_of_the_package_only_where_it_has_none(
     assert path.read_text().endswith("\n ")
 
 
-def test_packaged_model_is_judged_where_its_training_faces_are_not(joined, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("packaged", "reports"), [("PACKAGED", "evaluation"), ("SMALL", "evaluation_small")]
+)
+def test_packaged_models_are_judged_where_their_training_faces_are_not(
+    packaged, reports, joined, monkeypatch, tmp_path
+):
     released = tmp_path / "released"
     shutil.copytree(joined.run, released)
     joined.model.run_dir = released
@@ -316,14 +321,14 @@ def test_packaged_model_is_judged_where_its_training_faces_are_not(joined, monke
     conformal.save_constants(released, years)
     for faces in joined.faces.values():
         faces.labels["pixel_hash"] = np.array([f"{i + 1:016x}" for i in range(len(faces))])
-    monkeypatch.setattr(evaluate, "PACKAGED", released)
+    monkeypatch.setattr(evaluate, packaged, released)
     monkeypatch.chdir(tmp_path)
     before = {path.name: path.read_bytes() for path in released.iterdir()}
     options = {"training_folder": tmp_path / "gone", "split": "validation"}
     result = evaluate.run("released", joined.data, **options)  # by any path that leads there
     assert result["trained_on"]["faces"] == counts["age"].sum()
     assert result["conformal"]["constants"]["years"] == 2.5
-    assert (tmp_path / "evaluation/data-validation/report.html").is_file()
+    assert (tmp_path / reports / "data-validation/report.html").is_file()
     assert {path.name: path.read_bytes() for path in released.iterdir()} == before
     # Constants of other views are not those of the package: the posterior's own intervals.
     assert (

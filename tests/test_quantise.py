@@ -1,13 +1,22 @@
 """8-bit weights: how far they are from what was rounded, how coarse, and files that fit a size."""
 
 import gzip
+import re
 
 import numpy as np
 import pytest
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 
+from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.quantise import STEP, coarsest, dequantise, quantise
-from coatnet_jax.release_weights import FILE, load_released, save_weights
+from coatnet_jax.release_weights import (
+    FILE,
+    Packed,
+    is_released,
+    load_released,
+    pack_weights,
+    save_weights,
+)
 
 
 @pytest.fixture
@@ -56,6 +65,14 @@ def test_steps_grow_with_the_root_of_a_kernels_size(kernels):
     assert coarsest(kernels) * largest**0.5 == pytest.approx(1)
 
 
+def test_the_largest_weight_of_a_channel_fits_its_steps(kernels):
+    kernel = kernels["params/a/kernel"]
+    kernel[7] *= 100
+    quantised = quantise(kernels, coarseness=1e-4)
+    error = np.abs(dequantise(quantised)["params/a/kernel"] - kernel)
+    assert (error <= quantised["params/a/kernel:step"] * 0.501).all()
+
+
 def test_a_channel_without_weights_stays_so(kernels):
     kernel = kernels["params/a/kernel"]
     kernel[:, 3] = 0
@@ -83,48 +100,98 @@ def variables(kernels):
     return {"params": params, "batch_stats": {"a": {"mean": np.arange(3, dtype=np.float32)}}}
 
 
+def packed(variables, max_mb=None):
+    return pack_weights(variables, step=7, max_mb=max_mb)
+
+
 def test_the_file_is_as_large_as_allowed_and_as_fine_as_that_lets_it(tmp_path, variables, kernels):
     errors = []
     for max_mb in (0.23, 0.2, 0.17):
-        path = save_weights(tmp_path, variables, step=7, max_mb=max_mb)
-        assert path.name == FILE + ".gz"
-        assert 0.97 * max_mb < path.stat().st_size / 1e6 <= max_mb
-        loaded, step = load_released(tmp_path)
-        assert step == 7
+        name, data = packed(variables, max_mb)
+        assert name == FILE + ".gz" and 0.985 * max_mb < len(data) / 1e6 <= max_mb
+        save_weights(tmp_path, Packed(name, data))
+        loaded, step = load_variables(tmp_path)
+        assert step == 7 and is_released(tmp_path)
         np.testing.assert_array_equal(loaded["params"]["a"]["bias"], kernels["params/a/bias"])
         np.testing.assert_array_equal(loaded["batch_stats"]["a"]["mean"], np.arange(3))
-        kernel = kernels["params/b/kernel"]
-        errors.append(np.abs(loaded["params"]["b"]["kernel"] - kernel).mean())
-    assert errors == sorted(errors) and errors[-1] > 2 * errors[0] and errors[-1] < 0.2
+        pairs = [(loaded["params"][key]["kernel"], kernels[f"params/{key}/kernel"]) for key in "ab"]
+        errors.append([np.abs(found - exact).mean() / exact.std() for found, exact in pairs])
+    assert all(np.diff(errors, axis=0).min(0) > 0)  # the smaller the file, the coarser
+    assert all(small < large < 0.2 for small, large in errors)
+    assert len(data) < len(gzip.compress(gzip.decompress(data)))  # which looks for phrases
     # Anything that reads gzip and safetensors can read it.
-    arrays = load(gzip.decompress(path.read_bytes()))
+    arrays = load(gzip.decompress(data))
     assert arrays["params/b/kernel"].dtype == np.int8
 
 
 def test_integers_only_where_they_are_needed(tmp_path, variables):
-    save_weights(tmp_path, variables, step=7, max_mb=0.2)
+    save_weights(tmp_path, packed(variables, 0.2))
     for max_mb in (None, 0.43):
-        path = save_weights(tmp_path, variables, step=8, max_mb=max_mb)
-        assert [file.name for file in tmp_path.iterdir()] == [path.name] == [FILE]
-        assert 0.4e6 < path.stat().st_size < 0.43e6
-    assert load_released(tmp_path)[1] == 8
-    with pytest.raises(ValueError, match=r"take 0\.1 MB with the coarsest integers, more than"):
-        save_weights(tmp_path, variables, step=9, max_mb=0.08)
-    assert load_released(tmp_path)[1] == 8
+        name, data = packed(variables, max_mb)
+        assert name == FILE and 0.4e6 < len(data) < 0.43e6
+    save_weights(tmp_path, packed(variables))
+    assert [file.name for file in tmp_path.iterdir()] == [FILE]  # not the integers of before
+    with pytest.raises(ValueError, match="coarsest integers, more than 0.08: allow") as error:
+        packed(variables, 0.08)
+    needed = float(re.search(r"take (\S+) MB", str(error.value))[1])
+    assert len(packed(variables, needed).data) <= 1e6 * needed  # as told, it is enough
+    variables["params"] = {"a": {"bias": variables["params"]["a"]["bias"]}}
+    with pytest.raises(ValueError, match="no kernel has 16384 weights"):
+        packed(variables, 0.01)
 
 
 def test_fine_integers_are_no_finer_than_eight_bits(tmp_path, variables, kernels):
-    save_weights(tmp_path, variables, step=7, max_mb=0.25)
+    save_weights(tmp_path, packed(variables, 0.25))
     loaded, _ = load_released(tmp_path)
     finest = dequantise(quantise(kernels, 0))
     np.testing.assert_array_equal(loaded["params"]["b"]["kernel"], finest["params/b/kernel"])
 
 
+def test_weights_that_are_not_finite_are_refused(variables):
+    for value in (np.nan, np.inf):
+        variables["params"]["a"]["kernel"][3, 5] = value
+        for max_mb in (None, 0.2):
+            with pytest.raises(ValueError, match="params/a/kernel holds numbers that are not"):
+                packed(variables, max_mb)
+
+
+def test_two_files_are_not_guessed_between(tmp_path, variables):
+    for max_mb in (0.2, None):
+        name, data = packed(variables, max_mb)
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match="remove the one of another model"):
+        load_released(tmp_path)
+
+
 def test_damaged_files_are_told_in_one_line(tmp_path, variables):
-    path = save_weights(tmp_path, variables, step=7, max_mb=0.2)
-    data = path.read_bytes()
-    for damaged in (data[:-5], data[:2000], data[:5000] + b"\0" * 50 + data[5050:], data[:2]):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="cannot be read") as error:
-            load_released(tmp_path)
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    name, data = packed(variables, 0.2)
+    steps = {"params/a/kernel": np.ones((2, 3), np.int8), "params/a/kernel:step": np.ones(2)}
+    kinds = b'{"a":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
+    for number, (damaged, said) in enumerate(
+        (
+            (data[:-5], "cannot be read"),
+            (data[:2000], "cannot be read"),
+            (data[:2], "cannot be read"),
+            (data[:5000] + b"\0" * 50 + data[5050:], "cannot be read"),
+            (data[:10] + b"\xff" * 9 + data[19:], "cannot be read"),  # no deflate block
+            (data[:3000] + bytes([data[3000] ^ 1]) + data[3001:], "cannot be read"),
+            (gzip.compress(b"hello, here are weights"), "cannot be read"),
+            (gzip.compress(len(kinds).to_bytes(8, "little") + kinds + b"ab"), "another kind"),
+            (gzip.compress(save(steps, {"step": "7"})), "step fits no array beside it"),
+            (gzip.compress(save({"params/a": np.ones(2)})), "was not written by coatnet-jax"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=said) as error:
+            load_released(folder)
+        assert str(folder / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_do_not_tell_what_is_compressed(tmp_path, variables):
+    (name, data), plain = packed(variables, 0.2), FILE
+    for file, content in ((name, gzip.decompress(data)), (plain, data)):
+        (tmp_path / file).write_bytes(content)
+        assert load_released(tmp_path)[1] == 7
+        (tmp_path / file).unlink()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from coatnet_jax import main as main_module
 from coatnet_jax import predict, pretrained, release, release_weights
 from coatnet_jax.checkpoint import check_unused, load_variables
 from coatnet_jax.config import load_config, read_config
@@ -80,7 +82,7 @@ def variables():
 
 
 def test_weights_come_back_rounded_to_bfloat16(tmp_path, variables):
-    release_weights.save_weights(tmp_path, variables, step=7)
+    release_weights.save_weights(tmp_path, release_weights.pack_weights(variables, step=7))
     for which in ("best", "latest", "7"):
         loaded, step = load_variables(tmp_path, which=which)
         assert step == 7
@@ -188,10 +190,9 @@ def test_a_release_spoils_no_run(run_dir, variables, tmp_path, monkeypatch):
     for out in (run_dir, other):
         with pytest.raises(ValueError, match="folder of a run, which this would ruin"):
             release.write_release(run_dir, "data", out)
-    release_weights.save_weights(other, variables, step=1)
     for path in (other, tmp_path / "new"):
         path.mkdir(exist_ok=True)
-    release_weights.save_weights(tmp_path / "new", variables, step=1)
+        release_weights.save_weights(path, release_weights.pack_weights(variables, step=1))
     for path, holds in ((other, "a run"), (tmp_path / "new", "a released model")):
         with pytest.raises(ValueError, match=f"holds {holds} already; give a new --workdir"):
             check_unused(path, flag="--workdir")
@@ -214,6 +215,64 @@ def test_a_release_that_cannot_be_told_from_its_data_leaves_the_one_before(
     with pytest.raises(FileNotFoundError, match="prepare it"):
         release.write_release(run_dir, "data", out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_release_that_does_not_fit_leaves_the_one_before(
+    run_dir, variables, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=lambda *_, **__: METRICS))
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    out = tmp_path / "out"
+    variables["params"]["head"] = {"kernel": np.ones((128, 128), np.float32)}
+    release.write_release(run_dir, "data", out)
+    (out / RECORD).write_text("of before")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for max_mb, said in (
+        (1e-4, "allow as much"),
+        (0, "over 0"),
+        (-1, "over 0"),
+        (math.nan, "over"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            release.write_release(run_dir, "data", out, max_mb=max_mb)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        with pytest.raises(ValueError, match=said):
+            release.write_release(run_dir, "data", tmp_path / "new", max_mb=max_mb)
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_smaller_release_says_so_and_computes_in_float32(
+    run_dir, variables, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=lambda *_, **__: METRICS))
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    monkeypatch.setattr(release, "_other_sets", lambda *_: [METRICS | {"data_name": "wild"}])
+    kernel = np.random.default_rng(0).normal(size=(128, 128))
+    variables["params"]["head"] = {"kernel": kernel.astype(np.float32)}
+    config = read_config(run_dir / "config.json")
+    config.model.dtype, config.model.attention = "bfloat16", "cudnn"
+    (run_dir / "config.json").write_text(config.to_json())
+    monkeypatch.setattr(main_module, "_data_of", lambda *_, **__: "data")
+    for name, options in (("whole", ["--max-mb=0.04"]), ("small", ["--max-mb=0.015"])):
+        with pytest.raises(SystemExit) as end:
+            main(["release", str(run_dir), f"--out={tmp_path / name}", *options])
+        assert end.value.code == 0
+    # Rounded once, it stays so.
+    monkeypatch.setattr(release, "load_variables", load_variables)
+    release.write_release(tmp_path / "small", "data", tmp_path / "again")
+    before = "Measured before the weights were rounded to integers."
+    for name, file, kept_in in (
+        ("whole", "weights.safetensors", "bfloat16"),
+        ("small", "weights.safetensors.gz", "8-bit integers"),
+        ("again", "weights.safetensors", "8-bit integers"),
+    ):
+        out = tmp_path / name
+        assert release_weights.weights_file(out).name == file
+        card = (out / "MODEL_CARD.md").read_text()
+        assert f"kept in {kept_in}. Fine-tuned" in card
+        assert (before in card) == (kept_in != "bfloat16")
+        model = read_config(out / "config.json").model
+        assert (model.dtype, model.attention) == ("float32", "xla")
 
 
 def test_evaluations_made_in_another_way_are_left_out_of_the_card(run_dir, capsys):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The model that comes with the package, from an archive of UTKFace: SimCLR and eight fine-tunings,
-# each from the weights of the one before. Eleven hours on two CPU cores.
+# The small model of the package, from an archive of UTKFace: SimCLR and eight fine-tunings, each
+# from the weights of the one before. Eleven hours on two CPU cores.
 #
-#     benchmarks/released_model.sh RUNS utkface-0*.tar
+#     benchmarks/on_cpu.sh RUNS utkface-0*.tar
 #
 # Stopped, the same command goes on: a training resumes from its checkpoint, a finished one is left
-# as it is. RUNS/released is what lies in coatnet_jax/released; its card tells of the photos of
-# All-Age-Faces too, where those were prepared under the name `wild` as the README says.
+# as it is. RUNS/released is what lies in coatnet_jax/released_small; its card tells of the photos
+# of All-Age-Faces too, where those were prepared under the name `wild` as the README says.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 runs=$1
