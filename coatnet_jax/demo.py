@@ -5,10 +5,10 @@ from pathlib import Path
 
 from coatnet_jax import embed, evaluate, finetune, predict, pretrain, report
 from coatnet_jax.config import load_config
-from coatnet_jax.logs import duration
 from coatnet_jax.paths import data_folder, home
 from input_pipeline.pipeline import open_split
 from input_pipeline.prepare import prepare
+from input_pipeline.progress import duration
 from input_pipeline.synthetic_faces import write_drawn_faces
 
 DRAWN, TINY_DRAWN = 3000, 400  # faces

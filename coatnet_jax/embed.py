@@ -89,8 +89,8 @@ def run(
     print(f"features of {len(faces):,} {split} and {len(reference):,} {knn_reference} faces …")
     features, banks, scores = {}, {}, {}
     for key, model in ((name, trained), ("untrained", untrained)):
-        z, labels = predict_split(model, faces, model.features)
-        train_z, train_labels = predict_split(model, reference, model.features)
+        z, labels = predict_split(model, faces, model.features, done="embedded")
+        train_z, train_labels = predict_split(model, reference, model.features, done="embedded")
         features[key], banks[key] = z, train_z
         print(f"neighbours and linear probes of the {key} features …", flush=True)
         scores[key] = feature_scores(train_z, train_labels["age"], z, labels["age"])

@@ -9,6 +9,7 @@ is ever evaluated.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def run(
         )
     leak_check = trained.check(faces, run_dir=run_dir, folder=training_folder)
     check_ages(faces.labels["age"], f"the split {split!r}")
-    p, labels = predict_split(model, faces, lambda images: model.probabilities(images, flip=flip))
+    p, labels = predict_split(
+        model, faces, partial(model.probabilities, flip=flip), done="evaluated"
+    )
     age, rows = labels["age"], labels["index"]
     result = {
         "run": str(run_dir),
@@ -153,7 +156,7 @@ def run(
     result["unknown"] = unknown_counts(labels)
     result["groups"] = group_table(face_measures(p, age, low, high, decode=decode), labels)
     if model.has_attributes and _any_known(faces.labels):
-        q, _ = predict_split(model, faces, model.attributes)
+        q, _ = predict_split(model, faces, model.attributes, done="read gender and race of")
         attributes = {"gender": q[:, :2], "race": q[:, 2:]}
         if table := attribute_table(attributes, labels, trained.labels):
             result["attributes"] = table
@@ -190,7 +193,7 @@ def conformal_constants(
         print(f"{len(validation)} validation faces are too few for conformal intervals: left out")
         return None
     p, labels = predict_split(
-        model, validation, lambda images: model.probabilities(images, flip=flip)
+        model, validation, partial(model.probabilities, flip=flip), done="calibrated on"
     )
     constants = {
         "level": LEVEL,

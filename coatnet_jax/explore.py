@@ -13,7 +13,6 @@ from jaxtyping import UInt8
 
 from coatnet_jax import explore_plots as draw
 from coatnet_jax.ages import CLASS_NAMES, age_class
-from coatnet_jax.logs import duration
 from coatnet_jax.losses import balanced_weights
 from coatnet_jax.pages import percent, write_csv, write_report
 from coatnet_jax.palette import GENDER_NAMES, RACE_NAMES
@@ -24,6 +23,7 @@ from input_pipeline.images import decode_rgb
 from input_pipeline.pipeline import Faces
 from input_pipeline.prepare import read_labels
 from input_pipeline.prepared import read_account
+from input_pipeline.progress import Count, duration
 from input_pipeline.splits import match_splits, read_splits
 
 BANDS = ((0, 2), (3, 9), (10, 17), (18, 29), (30, 40), (41, 50), (51, 60), (61, 75), (76, 116))
@@ -79,18 +79,11 @@ def run(folder: str | Path, *, out: str | Path | None = None) -> Path:
 def measure_sharpness(faces: Faces) -> np.ndarray:
     """The sharpness float64 [n] of every picture; NaN where one cannot be decoded."""
     values: list[float] = []
-    start = last = time.monotonic()
+    count = Count("read", len(faces), "pictures")
     with ThreadPoolExecutor(2) as pool:
         for data in _batches(faces):
             values += pool.map(_sharpness_of_file, data)
-            if time.monotonic() - last > 2:
-                last = time.monotonic()
-                speed = len(values) / (last - start)
-                left = duration((len(faces) - len(values)) / speed)
-                print(
-                    f"read {len(values):,} of {len(faces):,} pictures, {speed:,.0f}/s, {left} left",
-                    flush=True,
-                )
+            count(len(data))
     return np.array(values)
 
 

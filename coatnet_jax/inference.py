@@ -20,6 +20,7 @@ from coatnet_jax.release_weights import is_released, load_released
 from coatnet_jax.sharding import gather, make_mesh, replicate, split_over
 from coatnet_jax.traced import traced_once
 from input_pipeline.face_crops import GEOMETRIES, Geometry
+from input_pipeline.progress import Count, say
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -146,20 +147,23 @@ def usual_batch_size() -> int:
 
 
 def predict_split(
-    run: "Run", faces: "Faces", fn: Callable
+    run: "Run", faces: "Faces", fn: Callable, *, done: str | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(`fn(images)` of every face in order [n, …], the faces' age, gender, race and index [n]).
 
-    `fn` is `run.features` or `run.probabilities`; it sees batches of one shape.
+    `fn` is `run.features` or `run.probabilities`; it sees batches of one shape. With `done`, a
+    word like 'evaluated', it says how far it is.
     """
     # Imported here: Grain and TFDS take longer to import than a photo's face to find.
     from input_pipeline.pipeline import eval_loader
 
     outputs, labels = [], []
+    count = Count(done or "", len(faces), f"faces of {faces.split}", progress=say if done else None)
     for batch in eval_loader(faces, batch_size=run.batch_size, image_size=run.source_size):
         real = batch["weight"] > 0
         outputs.append(fn(batch["image"])[real])
         labels.append({key: batch[key][real] for key in ("age", "gender", "race", "index")})
+        count(int(real.sum()))
     joined = {key: np.concatenate([part[key] for part in labels]) for key in labels[0]}
     return np.concatenate(outputs), joined
 

@@ -18,6 +18,7 @@ import ml_collections
 from coatnet_jax.config import read_json, save_config
 from coatnet_jax.distributed import is_main
 from coatnet_jax.lineage import stages_behind
+from input_pipeline.progress import duration
 
 PACKAGES = ("coatnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -137,13 +138,6 @@ class Progress:
     def pause(self, step: int) -> None:
         """Measure the next rate from now on: an evaluation or a save at `step` is no part of it."""
         self.step, self.time = step, time.perf_counter()
-
-
-def duration(seconds: float) -> str:
-    """`3:07` or `1:02:45`."""
-    seconds = math.ceil(seconds)
-    hours, minutes = seconds // 3600, seconds % 3600 // 60
-    return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
 
 
 def _version(package: str) -> str:

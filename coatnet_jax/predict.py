@@ -33,6 +33,7 @@ from input_pipeline.face_crops import (
     too_small,
 )
 from input_pipeline.images import centre_square, decode_image
+from input_pipeline.progress import Count
 
 ENDINGS = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif"}
 # Looked for in folders too, so that they are named as unreadable instead of passed over.
@@ -264,6 +265,7 @@ def predict_files(
             rows.extend(prediction_row(look, q, **options) for (look, _), q in named)
             del waiting[:count]
 
+    count = Count("read", len(paths), "files")
     for path in paths:
         looks, reasons = [Look(path)], []
         try:
@@ -276,6 +278,7 @@ def predict_files(
         skipped += [{"file": _printable(path), "reason": reason} for reason in reasons]
         while len(waiting) >= batch_size:
             flush(batch_size)
+        count()
     flush(batch_size)
     return rows, skipped
 

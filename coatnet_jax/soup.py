@@ -76,7 +76,7 @@ def run(
     def probabilities(config: ml_collections.ConfigDict, variables: Any) -> np.ndarray:
         mesh = make_mesh()
         run = Run(config, replicate(variables, mesh), mesh)
-        p, _ = predict_split(run, validation, run.probabilities)
+        p, _ = predict_split(run, validation, run.probabilities, done="predicted")
         return p.astype(np.float64)
 
     def error(config: ml_collections.ConfigDict, p: np.ndarray) -> float:

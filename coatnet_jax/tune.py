@@ -29,13 +29,14 @@ import numpy as np
 from coatnet_jax import finetune
 from coatnet_jax.checkpoint import FOLDER
 from coatnet_jax.config import join_values, read_json, save_config
-from coatnet_jax.logs import MetricsLog, duration, environment
+from coatnet_jax.logs import MetricsLog, environment
 from coatnet_jax.loop import Diverged
 from coatnet_jax.metrics import mae
 from coatnet_jax.pages import write_csv, write_json
 from coatnet_jax.stage import Setting, check_same_config, check_same_data, make_schedule
 from coatnet_jax.tune_checks import by_heart, by_heart_verdict, untrained_loss
 from coatnet_jax.tune_page import too_short, write_page
+from input_pipeline.progress import duration
 
 LR_FACTORS = (1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30)  # of the config's learning rate
 DECAY_FACTORS = (0, 1 / 5, 1, 4)  # of the config's weight decay

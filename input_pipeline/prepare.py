@@ -17,9 +17,8 @@ import os
 import platform
 import re
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from input_pipeline.face_builder import FaceBuilder
 from input_pipeline.folder.folder_dataset_builder import Builder as FolderBuilder
 from input_pipeline.layouts import find_layout
 from input_pipeline.prepared import read_labels, read_transform_id, records_folder
+from input_pipeline.progress import Count, Progress
 from input_pipeline.scan import Reading, Transform
 from input_pipeline.splits import copy_without
 from input_pipeline.utkface.utkface_dataset_builder import Builder as UTKFaceBuilder
@@ -43,8 +43,6 @@ FORMAT = 2
 _BUILDERS = {"utkface": UTKFaceBuilder, "agedb": AgeDBBuilder}
 _TABLES = ("labels.csv", "skipped.csv", "conflicts.csv", "rows_without_image.csv")
 _OURS = {"tfds", "splits", "prepare.json", *_TABLES}
-
-Progress = Callable[[str], None]
 
 
 def prepare(
@@ -239,7 +237,7 @@ def _build_records(
 ) -> list[tuple[str, str]]:
     """Writes the TFDS files; returns (path, reason) of the skipped ones."""
     skipped: list[tuple[str, str]] = []
-    count = _Count(count_files(source), progress)
+    count = Count("prepared", count_files(source), "files", progress=progress)
 
     def on_skip(path: str, reason: str) -> None:
         skipped.append((path, reason))
@@ -301,25 +299,6 @@ def _download_and_prepare(builder: FaceBuilder, partial: Path, **options) -> Non
     finally:
         tfds.enable_progress_bar()
     shutil.rmtree(partial / "tfds" / "downloads", ignore_errors=True)
-
-
-class _Count:
-    """Counts files and reports a line every two seconds: count, images/s, time left where known."""
-
-    def __init__(self, total: int | None, progress: Progress):
-        self.n, self.total, self.progress = 0, total, progress
-        self.start = self.last = time.monotonic()
-
-    def __call__(self) -> None:
-        self.n += 1
-        now = time.monotonic()
-        if now - self.last < 2:
-            return
-        self.last = now
-        speed = self.n / (now - self.start)
-        of = f" of {self.total:,}" if self.total else ""
-        left = f", {(self.total - self.n) / speed:.0f} s left" if self.total else ""
-        self.progress(f"prepared {self.n:,}{of} files, {speed:,.0f}/s{left}")
 
 
 def _nothing_found(source: Source, skipped: Sequence[tuple[str, str]]) -> str:

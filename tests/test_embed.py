@@ -175,7 +175,7 @@ def joined(monkeypatch):
     def run(features, step):
         return SimpleNamespace(config=config, stage="pretrain", step=step, features=features)
 
-    def predict_split(run, faces, fn):
+    def predict_split(run, faces, fn, **_):
         return fn(faces.labels["age"]), {k: v for k, v in faces.labels.items() if k != "file"}
 
     monkeypatch.setattr(embed, "load_run", lambda *_, **__: run(trained, 9))

@@ -218,7 +218,7 @@ def joined(monkeypatch, many, tmp_path):
     )
     (tmp_path / "run/config.json").write_text(model.config.to_json())
 
-    def predict_split(run, faces, fn):
+    def predict_split(run, faces, fn, **_):
         index = np.arange(len(faces))[::-1]  # rows need not come in the table's order
         images = (
             one_hot(guesses[faces.split][index])

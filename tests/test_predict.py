@@ -14,7 +14,7 @@ from PIL import Image
 from coatnet_jax import conformal, predict
 from coatnet_jax.ages import CLASS_NAMES, age_quantile
 from coatnet_jax.main import main
-from input_pipeline import mtcnn
+from input_pipeline import mtcnn, progress
 from input_pipeline.face_crops import UTKFACE, Face
 from input_pipeline.images import decode_into
 from input_pipeline.preprocess import Preprocess
@@ -64,6 +64,16 @@ def test_quantiles_invert_the_cumulative_distribution():
 def test_quantiles_stay_within_the_ages():
     assert age_quantile(np.eye(117)[0], 0.05) == 0
     assert age_quantile(np.eye(117)[116], 0.95) == 116
+
+
+def test_many_pictures_show_how_far_it_is(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0)
+    for name in ("a", "b", "c"):
+        picture(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "in/d.png").write_bytes(b"no picture")  # counted too
+    predict.run("run", [tmp_path / "in"], out=tmp_path / "out", annotate=False)
+    printed = re.findall(r"read (\d) of 4 files, \S+/s, \S+ left", capsys.readouterr().out)
+    assert printed == list("1234")
 
 
 def test_row_is_decoded_as_the_run_says(tmp_path):

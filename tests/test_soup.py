@@ -14,6 +14,7 @@ from coatnet_jax.checkpoint import load_variables, save_variables
 from coatnet_jax.config import load_config
 from coatnet_jax.inference import build_model, predict_split
 from coatnet_jax.train_state import init_variables
+from input_pipeline import progress
 from input_pipeline.images import decode_image
 from input_pipeline.pipeline import open_split
 
@@ -61,8 +62,9 @@ def shifted(variables, seed, scale):
 
 
 def test_uniform_mean_is_a_run_that_is_evaluated_and_released(
-    config, variables, write_run, drawn_root, tmp_path
+    config, variables, write_run, drawn_root, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setattr(progress, "EVERY", 0)
     some = [shifted(variables, seed, 0.02) for seed in range(3)]
     runs = [write_run(f"run{i}", config, each) for i, each in enumerate(some)]
     told = soup.run(runs, tmp_path / "soup", drawn_root / "drawn", uniform=True)
@@ -92,6 +94,9 @@ def test_uniform_mean_is_a_run_that_is_evaluated_and_released(
     ):
         found = evaluate.run(folder, data, split="validation", show_faces=False)
         assert found["mae"] == pytest.approx(said, abs=1e-3)
+    printed = capsys.readouterr().out
+    for done in ("predicted", "evaluated", "calibrated on", "read gender and race of"):
+        assert f"{done} {len(validation)} of {len(validation)} faces of validation, " in printed
     release.write_release(tmp_path / "soup", data, tmp_path / "released")
     card = (tmp_path / "released" / "MODEL_CARD.md").read_text()
     assert "the mean of 3 such runs" in card and "3 minutes" in card
