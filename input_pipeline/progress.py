@@ -1,4 +1,4 @@
-"""How far long work is, in a line every few seconds."""
+"""How far long work is, in lines that come every few seconds and ever more rarely."""
 
 import math
 import time
@@ -7,7 +7,8 @@ from functools import partial
 
 Progress = Callable[[str], None]
 say: Progress = partial(print, flush=True)
-EVERY = 2.0  # seconds from one line to the next
+EVERY = 2.0  # seconds from one line to the next in the beginning
+LATER = 20.0  # seconds after which it is a tenth of the time so far, for work of an hour
 
 
 class Count:
@@ -26,7 +27,8 @@ class Count:
         """Count `more` of them."""
         self.n += more
         now = time.monotonic()
-        if self.progress is None or now - self.said < EVERY:
+        every = EVERY * max(1, (now - self.start) / LATER)
+        if self.progress is None or now - self.said < every:
             return
         self.said = now
         speed = self.n / (now - self.start)
