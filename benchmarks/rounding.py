@@ -16,15 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from coatnet_jax.ages import get_decoder
 from coatnet_jax.inference import load_run
 from coatnet_jax.metrics import mae
 from coatnet_jax.pages import markdown_table
 from coatnet_jax.paths import data_folder
-from coatnet_jax.quantise import dequantise, quantise
-from coatnet_jax.release_weights import TRIALS, load_released, pack_weights, save_weights
+from coatnet_jax.quantise import quantise
+from coatnet_jax.release_weights import (
+    FILES,
+    Packed,
+    finest,
+    load_released,
+    pack_weights,
+    save_weights,
+)
 from coatnet_jax.runtime import set_up
 from coatnet_jax.weight_files import weights_data
 from input_pipeline.pipeline import decode_once, evenly_spread, open_split
@@ -46,8 +53,9 @@ def main() -> None:
     faces = faces.take(evenly_spread(len(faces), arguments.limit))
     faces = decode_once(faces, run.source_size)
     exact = {kind: run.variables[kind] for kind in ("params", "batch_stats")}
-    versions = {"as they are": exact, "alike": alike(exact, arguments.mb[0])}
-    versions |= {f"{mb:g} MB": rounded(exact, mb) for mb in arguments.mb}
+    versions = {"as they are": exact, "alike": unpacked(alike(exact, arguments.mb[0]))}
+    for mb in arguments.mb:
+        versions[f"{mb:g} MB"] = unpacked(pack_weights(exact, step=0, max_mb=mb))
     rows, answers = [], {}
     for name, version in versions.items():
         probabilities = replace(run, variables=version).probabilities(faces.pixels)
@@ -65,27 +73,22 @@ def main() -> None:
     print(f"\n{len(faces)} faces:\n\n{markdown_table(rows)}")
 
 
-def rounded(variables: Mapping[str, Any], mb: float) -> dict[str, Any]:
-    """The variables as a release of this size has them."""
+def alike(variables: Mapping[str, Any], mb: float) -> Packed:
+    """Weights with steps of one share of the root mean square, as fine as this size lets."""
+    arrays = {name: np.asarray(x) for name, x in flatten_dict(variables, sep="/").items()}
+
+    def integers(share: float) -> bytes:
+        parts = [quantise({k: v}, share / v.size**0.5) for k, v in arrays.items()]
+        return weights_data(dict(ChainMap(*parts)), metadata={"step": "0"}, compressed=True)
+
+    return Packed(FILES[1], finest(integers, coarsest=1.0, max_mb=mb))
+
+
+def unpacked(packed: Packed) -> dict[str, Any]:
+    """The variables that are read from a file of it."""
     with tempfile.TemporaryDirectory() as folder:
-        save_weights(Path(folder), pack_weights(variables, step=0, max_mb=mb))
+        save_weights(Path(folder), packed)
         return load_released(Path(folder))[0]
-
-
-def alike(variables: Mapping[str, Any], mb: float) -> dict[str, Any]:
-    """The variables with steps of one share of the root mean square, as fine as this size lets."""
-    arrays = flatten_dict(variables, sep="/")
-
-    def quantised(share: float) -> dict[str, np.ndarray]:
-        parts = [quantise({k: v}, share / np.size(v) ** 0.5) for k, v in arrays.items()]
-        return dict(ChainMap(*parts))
-
-    fine, coarse = 0.01, 1.0
-    for _ in range(TRIALS):
-        share = (fine * coarse) ** 0.5
-        fits = len(weights_data(quantised(share), metadata={}, compressed=True)) <= 1e6 * mb
-        fine, coarse = (fine, share) if fits else (share, coarse)
-    return unflatten_dict(dequantise(quantised(coarse)), sep="/")
 
 
 if __name__ == "__main__":

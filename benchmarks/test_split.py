@@ -22,6 +22,7 @@ from coatnet_jax.logs import environment
 from coatnet_jax.pages import markdown_table, write_json
 from coatnet_jax.paths import data_folder
 from input_pipeline.pipeline import decode_once, evenly_spread, open_split
+from input_pipeline.progress import Count
 
 SIDE = 200  # px of UTKFace's crops
 
@@ -45,12 +46,12 @@ def main() -> None:
     rows = evenly_spread(len(faces), arguments.limit)
     photo, crop = load()
     theirs, unfound = [], 0
-    for number, row in enumerate(rows):
+    count = Count("dlib: looked at", len(rows), "faces")
+    for row in rows:
         found = photo(pixels[row])
         unfound += not found
         theirs.append(max(found, key=lambda face: face[1])[0] if found else crop(pixels[row]))
-        if number % 500 == 0:
-            print(f"dlib: {number} of {len(rows)} faces", flush=True)
+        count()
     age = faces.labels["age"][rows]
     mine = [ours[file] for file in faces.labels["file"][rows]]
     sides = {

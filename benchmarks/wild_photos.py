@@ -14,7 +14,6 @@ import argparse
 import csv
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from coatnet_jax.release_weights import PACKAGED
 from coatnet_jax.runtime import set_up
 from input_pipeline.face_crops import Detector, read_photo
 from input_pipeline.pipeline import evenly_spread
+from input_pipeline.progress import Count
 
 Found = dict[str, np.ndarray]  # per photo: faces, age (NaN: none), low, high
 
@@ -143,13 +143,10 @@ def theirs(photos: list[bytes], predict: Callable) -> Found:
 
 def through(photos: list[bytes], look: Callable[[int, np.ndarray], None], name: str) -> None:
     """`look(number, pixels)` for every photo, with progress."""
-    start = time.monotonic()
+    count = Count(f"{name}: looked at", len(photos), "photos")
     for number, data in enumerate(photos):
         look(number, read_photo(data))
-        if (number + 1) % 200 == 0 or number + 1 == len(photos):
-            rate = (number + 1) / (time.monotonic() - start)
-            left = (len(photos) - number - 1) / rate
-            print(f"{name}: {number + 1} photos, {rate:.1f}/s, {left:.0f} s left", flush=True)
+        count()
 
 
 def finding(name: str, found: Found) -> dict[str, str]:

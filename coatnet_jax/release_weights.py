@@ -2,7 +2,7 @@
 that would be too large, the kernels to 8-bit integers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,12 @@ def pack_weights(variables: Mapping[str, Any], *, step: int, max_mb: float | Non
     data = weights_data(rounded, metadata=metadata)
     if max_mb is None or len(data) <= 1e6 * max_mb:
         return Packed(FILE, data)
-    return Packed(FILE + GZIP, _finest(arrays, metadata=metadata, max_mb=max_mb))
+
+    def integers(coarseness: float) -> bytes:
+        return weights_data(quantise(arrays, coarseness), metadata=metadata, compressed=True)
+
+    data = finest(integers, coarsest=coarsest(arrays), max_mb=max_mb)
+    return Packed(FILE + GZIP, data)
 
 
 def save_weights(folder: Path, packed: Packed) -> None:
@@ -58,18 +63,12 @@ def save_weights(folder: Path, packed: Packed) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _finest(
-    arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str], max_mb: float
-) -> bytes:
-    """The file with the finest integers that takes at most `max_mb` million bytes."""
-
-    def data(coarseness: float) -> bytes:
-        return weights_data(quantise(arrays, coarseness), metadata=metadata, compressed=True)
-
-    high = coarsest(arrays)
-    low, finest = high / 100, data(0)
-    if len(finest) <= 1e6 * max_mb:
-        return finest
+def finest(data: Callable[[float], bytes], *, coarsest: float, max_mb: float) -> bytes:
+    """The file `data(coarseness)` with the finest integers that takes at most `max_mb` million
+    bytes; ValueError where the `coarsest` takes more."""
+    low, high, exact = coarsest / 100, coarsest, data(0)
+    if len(exact) <= 1e6 * max_mb:
+        return exact
     fits = data(high)
     if len(fits) > 1e6 * max_mb:
         needed = math.ceil(len(fits) / 1e4) / 100  # rounded up, so that it is enough
