@@ -5,9 +5,11 @@ ages; a random split by file would put copies of test faces into the training se
 """
 
 import csv
+import gzip
 import hashlib
 import io
 import shutil
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -96,7 +98,8 @@ class SplitRow(NamedTuple):
 
 
 def read_splits(path: str | Path) -> dict[str, SplitRow]:
-    """Returns {file: row} from a CSV with at least the columns `file` and `split`.
+    """Returns {file: row} from a CSV (`.csv.gz`: through gzip) with at least the columns `file` and
+    `split`.
 
     Raises FileNotFoundError, or ValueError on missing columns, an empty split name, no rows, a file
     that lies in two splits, or a table that is damaged.
@@ -106,7 +109,10 @@ def read_splits(path: str | Path) -> dict[str, SplitRow]:
         raise FileNotFoundError(f"split file {path} does not exist")
     result: dict[str, SplitRow] = {}
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be unpacked ({error}): fetch it again") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}): save it as such") from None
     reader = csv.DictReader(io.StringIO(text, newline=""))

@@ -1,10 +1,13 @@
 """Splits: copies stay together, ages are divided alike, and nothing hangs on the order of files."""
 
+import gzip
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from coatnet_jax.training_set import read_record
 from input_pipeline.splits import (
     SplitRow,
     assign_splits,
@@ -14,6 +17,8 @@ from input_pipeline.splits import (
     straddling_groups,
     write_splits,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +134,33 @@ def test_bad_split_file_raises_with_the_reason(tmp_path, content, reason):
     (tmp_path / "s.csv").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=reason):
         read_splits(tmp_path / "s.csv")
+
+
+def test_split_file_is_read_through_gzip_and_a_cut_one_is_refused(tmp_path):
+    path = tmp_path / "s.csv.gz"
+    packed = gzip.compress(b"file,split\na.jpg,train\n" * 2)
+    path.write_bytes(gzip.compress(b"file,split\na.jpg,train\nb.jpg,test\n"))
+    assert {file: row.split for file, row in read_splits(path).items()} == {
+        "a.jpg": "train",
+        "b.jpg": "test",
+    }
+    for damaged in (packed[:-9], b"file,split\na.jpg,train\n", packed[:12] + b"\xff" * 20):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="s.csv.gz cannot be unpacked .*: fetch it again"):
+            read_splits(path)
+
+
+def test_split_of_the_packaged_models_has_their_training_faces():
+    rows = read_splits(ROOT / "input_pipeline/utkface/split_82_3_15.csv.gz")
+    sizes = Counter(row.split for row in rows.values())
+    assert sizes == {"train": 17_455, "validation": 639, "test": 3_193}
+    for name in ("released", "released_small"):
+        labels, hashes = read_record(ROOT / "coatnet_jax" / name)
+        assert len(labels["age"]) == sizes["train"] >= len(hashes)  # one of several copies
+        ages = Counter(
+            int(file.split("_")[0]) for file, row in rows.items() if row.split == "train"
+        )
+        assert ages == Counter(labels["age"].tolist())
 
 
 def test_missing_split_file_is_named(tmp_path):
