@@ -13,6 +13,7 @@ those trained on (`training_set`).
 Every command that takes the folder of a run takes such a folder too.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from coatnet_jax.inference import check_sides, sides_of
 from coatnet_jax.lineage import stages_before
 from coatnet_jax.pages import write_json
 from coatnet_jax.release_card import INTEGERS, release_card
-from coatnet_jax.release_weights import FILE, is_released, pack_weights, save_weights
+from coatnet_jax.release_weights import FILE, FILES, is_released, pack_weights, save_weights
 from coatnet_jax.training_set import write_record
 
 KEPT = ("started", "parameters", "data_fingerprint", "git_revision", "python", "versions")
@@ -41,15 +42,16 @@ def write_release(
     sides: Sequence[float] | None = None,
     max_mb: float | None = None,
 ) -> dict[str, Any]:
-    """Write the best checkpoint of a run to `out` and evaluate what was written on the test split.
+    """Write the best checkpoint of a run to `out` and evaluate what was written on the test split,
+    and on the other sets that the run was evaluated on.
 
     `sides` take the place of the run's own `eval_sides`; choose them on the validation split.
     `max_mb` is how many million bytes the weights may take. Gives back the evaluation, whose report
     goes to `<run_dir>/released`. Raises ValueError for a run without an age head or one whose
     `init_from` is gone, where `out` holds a run or the weights take more than `max_mb`, and what
-    `evaluate.run` raises.
+    `evaluate.run` raises; a release that was in `out` is replaced when all is done, not before.
     """
-    run_dir, out = Path(run_dir), Path(out)
+    run_dir, data_folder, out = Path(run_dir), Path(data_folder), Path(out)
     variables, step = load_variables(run_dir)
     config = read_config(run_dir / "config.json")
     if config.stage != "finetune":
@@ -64,46 +66,69 @@ def write_release(
     before = stages_before(run_dir)
     released = {"step": step, "which": "best", "flip": True}
     released |= {"sides": list(sides_of(config)), "decode": config.loss.get("decode", "median")}
-    others = _other_sets(run_dir, released)
+    others = _other_sets(run_dir, released, data_folder)
     if out.resolve() == run_dir.resolve() or (out / FOLDER).is_dir():
         raise ValueError(f"{out} is the folder of a run, which this would ruin; give another --out")
-    # Before anything is replaced: they may not fit, the data may be missing.
     packed = pack_weights(variables, step=step, max_mb=max_mb)
-    out.mkdir(parents=True, exist_ok=True)
-    write_record(out, run_dir, data_folder, config.data.splits)
-    save_weights(out, packed)
-    for name in (conformal.FILE, EVALUATION, CARD):  # of what was there before
-        (out / name).unlink(missing_ok=True)
     config.model.dtype, config.model.attention = "float32", "xla"
     config.data.root, config.init_from, config.init_head = "", "", False
     if "distill" in config:
         config.distill.teachers = ""
-    save_config(config, out / "config.json")
     run = {key: told[key] for key in KEPT if key in told} | {"before": before, "step": step}
     run["finished"] = told.get("finished", is_released(run_dir))
     # What was rounded to integers once does not become finer.
     integers = packed.name != FILE or told.get("kept_in") == INTEGERS
     run["kept_in"] = INTEGERS if integers else "bfloat16"
-    write_json(out / "run.json", run)
-    report = run_dir / "released"
-    result = evaluate.run(out, data_folder, out=report, show_faces=False)
-    measured = {key: value for key, value in result.items() if key not in ("run", "data")}
-    command = f"coatnet-jax release {run_dir.name}"
-    measured["environment"] = {**result["environment"], "command": command}
-    write_json(out / EVALUATION, measured)
-    card = release_card(config, run, measured, others)
-    (out / CARD).write_text(card, encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".release-") as scratch:
+        new = Path(scratch) / out.name
+        new.mkdir()
+        write_record(new, run_dir, data_folder, config.data.splits)
+        save_weights(new, packed)
+        save_config(config, new / "config.json")
+        write_json(new / "run.json", run)
+        report = run_dir / "released"
+        result = evaluate.run(new, data_folder, out=report, show_faces=False)
+        measured = {key: value for key, value in result.items() if key not in ("run", "data")}
+        command = f"coatnet-jax release {run_dir.name}"
+        measured["environment"] = {**result["environment"], "command": command}
+        write_json(new / EVALUATION, measured)
+        others = [_again(new, other, data_folder, report) for other in others]
+        card = release_card(config, run, measured, others)
+        (new / CARD).write_text(card, encoding="utf-8")
+        out.mkdir(exist_ok=True)
+        for name in {*FILES, conformal.FILE} - {path.name for path in new.iterdir()}:
+            (out / name).unlink(missing_ok=True)  # of what was there before
+        for path in new.iterdir():
+            path.replace(out / path.name)
     size = len(packed.data) / 1e6
     print(f"released to {out}: {packed.name} ({size:.1f} MB), {CARD}, {EVALUATION}")
     return result
 
 
-def _other_sets(run_dir: Path, released: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _again(new: Path, other: Mapping[str, Any], data_folder: Path, report: Path) -> dict[str, Any]:
+    """An evaluation on another set made once more, with the weights that are released."""
+    name, split = other["data_name"], other["split"]
+    return evaluate.run(
+        new,
+        data_folder.with_name(name),
+        training_folder=data_folder,
+        split=split,
+        splits=other["splits"],
+        out=report / f"{name}-{split}",
+        show_faces=False,
+    )
+
+
+def _other_sets(
+    run_dir: Path, released: Mapping[str, Any], data_folder: Path
+) -> list[dict[str, Any]]:
     """The run's evaluations on sets that it was not trained on; those made in another way than
-    what is `released` (its step, flip, sides, …) are named and left out."""
+    what is `released` (its step, flip, sides, …), or whose set is not beside `data_folder` any
+    more, are named and left out."""
     results = []
     for path in sorted(run_dir.glob("evaluate/*/metrics.json")):
-        result = read_json(path, wants=("trained_on", "step"))
+        result = read_json(path, wants=("trained_on", "step", "data_name"))
         if result["trained_on"]["same_data"]:
             continue
         other = [
@@ -111,11 +136,14 @@ def _other_sets(run_dir: Path, released: Mapping[str, Any]) -> list[dict[str, An
             for key, value in released.items()
             if result.get(key, value) != value
         ]
-        if not other:
-            results.append(result)
-        else:
+        if other:
             print(
                 f"{path.parent} has {'; '.join(other)}: left out of the card; evaluate again to "
                 "have it there"
             )
+        elif not data_folder.with_name(result["data_name"]).is_dir():
+            name = data_folder.with_name(result["data_name"])
+            print(f"{name} is missing: {path.parent} is left out of the card")
+        else:
+            results.append(result)
     return results

@@ -1,6 +1,6 @@
 """The model card of a released model, from what its evaluation measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -28,12 +28,14 @@ def release_card(
         _what(config, run),
         "## Terms",
         data_terms(name),
+        "## Training",
+        *_training(config, run),
         "## Results",
         _scores(result),
         *_groups(result),
         "## Calibration",
         _calibration(result),
-        *_others(others, rounded=run.get("kept_in") == INTEGERS),
+        *_others(others),
         "## Limits",
         LIMITS if name == "utkface" else OTHER_LIMITS,
         "## Use",
@@ -43,30 +45,12 @@ def release_card(
 
 
 def _what(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> str:
-    before = run.get("before", [])
-    own = [stage for stage in before if "teacher" not in stage]
-    start = f"after {' and '.join(map(_stage, own))}" if own else "from random weights"
-    taught = [stage for stage in before if "teacher" in stage]
-    names = " and ".join(dict.fromkeys(stage["teacher"] for stage in taught))
-    teachers = f", taught by {names} (answers mixed into the labels)" if taught else ""
-    for stage in taught:
-        if stage["stage"] == "timm":
-            teachers += f" after {_stage(stage)}"
-    outside = any(stage["stage"] == "timm" for stage in before)
-    stopped = "" if run.get("finished", True) else f", stopped at step {run['step']}"
-    minutes = f", {run['wall_seconds'] / 60:.0f} minutes" if "wall_seconds" in run else ""
     averaged = run.get("averaged", 1)
     mean = f", the mean of {averaged} such runs (arXiv 2203.05482)" if averaged > 1 else ""
-    kept_in = run.get("kept_in", "bfloat16")
     return (
-        f"{run['parameters'] / 1e6:.2f} M parameters, kept in {kept_in}{mean}. Fine-tuned on "
-        f"{training_split(config.data.name, config.data.splits)} for {config.epochs:g} "
-        f"epochs{stopped}, {start}{teachers}"
-        f"{'' if outside else ', with no outside weights or labels'}; seed {config.seed}, data "
-        f"fingerprint `{run['data_fingerprint'][:16]}`, revision `{run['git_revision']}`, "
-        f"{', '.join(run['devices'])}{minutes}. Its answer is the "
-        f"{config.loss.get('decode', 'median')} of a probability for each age from 0 to 116, the "
-        f"mean over {_views(config)} and the mirror image."
+        f"{run['parameters'] / 1e6:.2f} M parameters, kept in {run.get('kept_in', 'bfloat16')}"
+        f"{mean}. Its answer is the {config.loss.get('decode', 'median')} of a probability for "
+        f"each age from 0 to 116, the mean over {_views(config)} and the mirror image."
     )
 
 
@@ -77,16 +61,48 @@ def _views(config: ml_collections.ConfigDict) -> str:
     return f"the centres of the picture with {' and '.join(shares)} of its side"
 
 
-def _stage(stage: Mapping[str, Any]) -> str:
+def _training(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> list[str]:
+    """A table with a row for every stage, in their order, and what holds of all or of the last."""
+    before = run.get("before", [])
+    taught = [stage for stage in before if "teacher" in stage]
+    last = {"stage": "finetune", "epochs": config.epochs, "image_size": config.model.image_size}
+    last |= {"data": config.data.name, "splits": config.data.splits}
+    own = [*(stage for stage in before if stage not in taught), last]
+    rows = [_stage(stage) for stage in own]
+    if own[0]["stage"] != "timm":
+        rows[0][0] += ", from random weights"
+    if not run.get("finished", True):
+        rows[-1][0] += f", stopped at step {run['step']}"
+    parts = [_table(("stage", "epochs", "px", "data"), rows)]
+    if taught:
+        names = " and ".join(dict.fromkeys(stage["teacher"] for stage in taught))
+        parts.append(f"Distilled from {names}, whose answers are mixed into the labels.")
+        rows = [_stage(stage) for stage in taught]
+        for row, stage in zip(rows, taught, strict=True):
+            row[0] = f"{stage['teacher']}: {row[0]}"
+        parts.append(_table(("stage of a teacher", "epochs", "px", "data"), rows))
+    outside = any(stage["stage"] == "timm" for stage in before)
+    devices = ", ".join(" ".join(dict.fromkeys(name.split())) for name in run["devices"])
+    minutes = f", {run['wall_seconds'] / 60:.0f} minutes" if "wall_seconds" in run else ""
+    parts.append(
+        f"{'' if outside else 'No outside weights or labels. '}Seed {config.seed}, data "
+        f"fingerprint `{run['data_fingerprint'][:16]}`; the last stage: revision "
+        f"`{run['git_revision']}`, {devices}{minutes}."
+    )
+    return parts
+
+
+def _stage(stage: Mapping[str, Any]) -> list[str]:
+    """Its row of a table: what, epochs, size, data."""
     if stage["stage"] == "timm":
-        return f"the training of timm's `{stage['name']}`, outside of this project"
+        return [f"training of timm's `{stage['name']}`, outside of this project", "", "", ""]
     if stage["stage"] == "finetune":
         averaged = stage.get("averaged", 1)
-        what = f"the mean of {averaged} fine-tunings" if averaged > 1 else "an earlier fine-tuning"
+        what = f"mean of {averaged} fine-tunings" if averaged > 1 else "fine-tuning"
     else:
-        what = f"{stage.get('method', 'simclr')} pre-training"
+        what = f"pre-training, `{stage.get('method', 'simclr')}`"
     trained_on = training_split(stage["data"], stage.get("splits", "default"))
-    return f"{what} ({stage['epochs']:g} epochs at {stage['image_size']} px on {trained_on})"
+    return [what, f"{stage['epochs']:g}", str(stage["image_size"]), trained_on]
 
 
 def _scores(result: Mapping[str, Any]) -> str:
@@ -146,14 +162,14 @@ def _calibration(result: Mapping[str, Any]) -> str:
     found = result["conformal"]
     if found.get("constants"):
         text += (
-            f" The 90 % intervals (split conformal, set on the validation split) hold "
+            f" The 90 % intervals (split conformal, set on the validation split) cover "
             f"{100 * found['covered']:.1f} % of the ages and are {found['width']:.1f} years wide "
-            "on average; the promise is for faces like those of the data set, not for each group."
+            "on average; the guarantee is for faces like those of the data set, not for each group."
         )
     return text
 
 
-def _others(others: Sequence[Mapping[str, Any]], *, rounded: bool) -> list[str]:
+def _others(others: Sequence[Mapping[str, Any]]) -> list[str]:
     if not others:
         return []
     rows = [
@@ -166,11 +182,10 @@ def _others(others: Sequence[Mapping[str, Any]], *, rounded: bool) -> list[str]:
         )
         for result in others
     ]
-    columns = ("set", "faces", "MAE, years", "4 classes", "inside the 90 % interval")
-    before = ["Measured before the weights were rounded to integers."] if rounded else []
-    return ["## Other pictures", *before, _table(columns, rows)]
+    columns = ("set", "faces", "MAE, years", "4 classes", "coverage of the 90 % interval")
+    return ["## Other pictures", _table(columns, rows)]
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

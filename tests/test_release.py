@@ -112,13 +112,14 @@ def test_release_holds_no_path_of_the_machine(run_dir, variables, tmp_path, monk
     out = tmp_path / "out"
 
     def evaluated(folder, data, **options):
-        assert (folder, data) == (out, "data")
+        assert (folder.name, data) == (out.name, tmp_path / "data")
+        assert not out.exists()  # until all is done
         assert load_variables(folder)[1] == 9  # what is measured is what was written
         return METRICS
 
     monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
     monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=evaluated))
-    release.write_release(run_dir, "data", out)
+    release.write_release(run_dir, tmp_path / "data", out)
     assert sorted(path.name for path in out.iterdir()) == [
         "MODEL_CARD.md", "config.json", "evaluation.json", "run.json",
         "training_faces.safetensors", "weights.safetensors",
@@ -130,10 +131,10 @@ def test_release_holds_no_path_of_the_machine(run_dir, variables, tmp_path, monk
     run = json.loads((out / "run.json").read_text())
     (before,) = run["before"]
     assert (before["method"], before["epochs"], before["image_size"]) == ("simclr", 100.0, 112)
-    text = (
-        "after simclr pre-training (100 epochs at 112 px on the training split of `utkface`), with"
-    )
-    assert text in (out / "MODEL_CARD.md").read_text()
+    card = (out / "MODEL_CARD.md").read_text()
+    split = "112 | the training split of `utkface` |"
+    rows = f"from random weights | 100 | {split}\n| fine-tuning, stopped at step 9 | 60 | {split}"
+    assert rows in card and "No outside weights or labels. Seed" in card
 
 
 def test_a_release_is_told_where_its_weights_come_from(run_dir, variables, tmp_path, monkeypatch):
@@ -145,11 +146,11 @@ def test_a_release_is_told_where_its_weights_come_from(run_dir, variables, tmp_p
     release.write_release(tmp_path / "once", "data", tmp_path / "twice")
     cards = [(tmp_path / name / "MODEL_CARD.md").read_text() for name in ("once", "twice")]
     assert cards[0] == cards[1]
-    assert "the mean of 3 such runs" in cards[0] and "simclr pre-training" in cards[0]
+    assert "the mean of 3 such runs" in cards[0] and "pre-training, `simclr`" in cards[0]
     (run_dir / "run.json").write_text(json.dumps(told))
     release.write_release(run_dir, "data", tmp_path / "stopped")
     card = (tmp_path / "stopped" / "MODEL_CARD.md").read_text()
-    assert "60 epochs, stopped at step 9, after" in card
+    assert "| fine-tuning, stopped at step 9 | 60 |" in card
 
 
 def test_card_names_the_teachers_and_the_release_has_no_path_of_theirs(
@@ -165,16 +166,18 @@ def test_card_names_the_teachers_and_the_release_has_no_path_of_theirs(
         teachers[i].mkdir()
         (teachers[i] / "config.json").write_text(theirs.to_json())
     config.distill.teachers = ", ".join(map(str, teachers))
-    own = "after simclr pre-training (100 epochs at 112 px on the training split of `utkface`)"
-    for init_from, start in (config.init_from, own), ("", "from random weights"):
+    for init_from, own in (
+        (config.init_from, "| fine-tuning, stopped"),
+        ("", "| fine-tuning, from random"),
+    ):
         config.init_from = init_from
         (run_dir / "config.json").write_text(config.to_json())
         for source, name in (run_dir, "once"), (tmp_path / "once", "twice"):
             release.write_release(source, "data", tmp_path / name)
-            assert (
-                f"{start}, taught by coatnet_micro and coatnet_atto (answers mixed into the "
-                "labels), with no outside weights"
-            ) in (tmp_path / name / "MODEL_CARD.md").read_text()
+            card = (tmp_path / name / "MODEL_CARD.md").read_text()
+            assert own in card and "No outside weights" in card
+            assert "Distilled from coatnet_micro and coatnet_atto, whose answers are mixed" in card
+            assert card.count("\n| coatnet_micro: ") == 4 and card.count("\n| coatnet_atto: ") == 2
     for path in (tmp_path / "twice").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
     released = read_config(tmp_path / "twice" / "config.json")
@@ -208,13 +211,42 @@ def test_a_release_that_cannot_be_told_from_its_data_leaves_the_one_before(
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 10))
 
-    def missing(*_):
+    def missing(*_, **__):
         raise FileNotFoundError("prepare it")
 
-    monkeypatch.setattr(release, "write_record", missing)
-    with pytest.raises(FileNotFoundError, match="prepare it"):
-        release.write_release(run_dir, "data", out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    broken = SimpleNamespace(run=missing)
+    for where, stand_in in (("evaluate", broken), ("write_record", missing)):
+        monkeypatch.setattr(release, where, stand_in)
+        with pytest.raises(FileNotFoundError, match="prepare it"):
+            release.write_release(run_dir, "data", out)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(tmp_path.glob(".release-*"))
+
+
+def test_other_sets_are_evaluated_again_with_the_released_weights(
+    run_dir, variables, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    wild = METRICS | {"data_name": "wild", "split": "all", "splits": "default", "step": 9}
+    wild |= {"trained_on": {"same_data": False}}
+    (run_dir / "evaluate/wild-all").mkdir(parents=True)
+    (run_dir / "evaluate/wild-all/metrics.json").write_text(json.dumps(wild))
+    (tmp_path / "data/wild").mkdir(parents=True)
+
+    def evaluated(folder, data, **options):
+        assert release_weights.is_released(folder)
+        if data.name == "utkface":
+            return METRICS
+        assert options["training_folder"] == tmp_path / "data/utkface"
+        assert (data.name, options["split"], options["splits"]) == ("wild", "all", "default")
+        return wild | {"mae": 8.25}
+
+    monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=evaluated))
+    release.write_release(run_dir, tmp_path / "data/utkface", tmp_path / "out")
+    assert (
+        "| wild, all | 40 | 8.25 | 75.0 % | 91.0 % |"
+        in (tmp_path / "out/MODEL_CARD.md").read_text()
+    )
 
 
 def test_a_release_that_does_not_fit_leaves_the_one_before(
@@ -246,7 +278,6 @@ def test_a_smaller_release_says_so_and_computes_in_float32(
 ):
     monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=lambda *_, **__: METRICS))
     monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
-    monkeypatch.setattr(release, "_other_sets", lambda *_: [METRICS | {"data_name": "wild"}])
     kernel = np.random.default_rng(0).normal(size=(128, 128))
     variables["params"]["head"] = {"kernel": kernel.astype(np.float32)}
     config = read_config(run_dir / "config.json")
@@ -260,7 +291,6 @@ def test_a_smaller_release_says_so_and_computes_in_float32(
     # Rounded once, it stays so.
     monkeypatch.setattr(release, "load_variables", load_variables)
     release.write_release(tmp_path / "small", "data", tmp_path / "again")
-    before = "Measured before the weights were rounded to integers."
     for name, file, kept_in in (
         ("whole", "weights.safetensors", "bfloat16"),
         ("small", "weights.safetensors.gz", "8-bit integers"),
@@ -269,25 +299,28 @@ def test_a_smaller_release_says_so_and_computes_in_float32(
         out = tmp_path / name
         assert release_weights.weights_file(out).name == file
         card = (out / "MODEL_CARD.md").read_text()
-        assert f"kept in {kept_in}. Fine-tuned" in card
-        assert (before in card) == (kept_in != "bfloat16")
+        assert f"kept in {kept_in}. Its answer" in card
         model = read_config(out / "config.json").model
         assert (model.dtype, model.attention) == ("float32", "xla")
 
 
-def test_evaluations_made_in_another_way_are_left_out_of_the_card(run_dir, capsys):
+def test_evaluations_made_in_another_way_are_left_out_of_the_card(run_dir, tmp_path, capsys):
     cases = (
         *(("test", 9, True, True), ("wild-all", 9, True, False)),
         *(("old-all", 3, True, False), ("plain-all", 9, False, False)),
+        ("gone-all", 9, True, False),
     )
     for name, step, flip, same in cases:
         folder = run_dir / "evaluate" / name
         folder.mkdir(parents=True)
         told = {"step": step, "flip": flip, "trained_on": {"same_data": same}, "data_name": name}
         (folder / "metrics.json").write_text(json.dumps(told))
+    (tmp_path / "data/wild-all").mkdir(parents=True)
     released = {"step": 9, "flip": True, "sides": [1.0]}
-    assert [x["data_name"] for x in release._other_sets(run_dir, released)] == ["wild-all"]
+    found = release._other_sets(run_dir, released, tmp_path / "data/utkface")
+    assert [result["data_name"] for result in found] == ["wild-all"]
     printed = capsys.readouterr().out
+    assert f"{tmp_path}/data/gone-all is missing" in printed
     assert "old-all has step 3, the release 9: left out" in printed
     assert "plain-all has flip False, the release True: left out" in printed
 
@@ -311,8 +344,13 @@ def test_card_tells_every_stage_that_the_weights_went_through(run_dir):
     (again / "config.json").write_text(config.to_json())
     assert stages_before(after) == before
     card = release_card(config, run, METRICS)
-    places = [card.index(text) for text in ("simclr pre-training (100", "(60 epochs", "(6 epochs")]
-    assert places == sorted(places)
+    rows = [line.split(" | ")[:2] for line in card.splitlines() if line.endswith("`utkface` |")]
+    assert rows == [
+        ["| pre-training, `simclr`, from random weights", "100"],
+        ["| fine-tuning", "60"],
+        ["| fine-tuning", "6"],
+        ["| fine-tuning", "6"],
+    ]
     config.init_from = str(run_dir.parent / "gone")
     (after / "config.json").write_text(config.to_json())
     with pytest.raises(ValueError, match="where the weights come from"):
@@ -326,9 +364,9 @@ def test_card_names_tables_of_splits_other_than_the_default(run_dir):
     before = [stage, stage | {"splits": "default"}, stage | {"splits": "fold2"}]
     run = {"parameters": 1, "data_fingerprint": "f", "git_revision": "abc", "before": before}
     card = release_card(config, run | {"devices": ["cpu cpu"]}, METRICS)
-    assert "on the training split of `utkface` (table of splits `82_3_15`) for 60 epochs" in card
-    assert card.count("64 px on the training split of `utkface`)") == 2
-    assert card.count("64 px on the training split of `utkface` (table of splits `fold2`))") == 1
+    assert card.count("| the training split of `utkface` (table of splits `82_3_15`) |") == 1
+    assert card.count("| 64 | the training split of `utkface` |") == 2
+    assert card.count("| 64 | the training split of `utkface` (table of splits `fold2`) |") == 1
 
 
 def test_card_of_a_model_from_timms_weights_says_so(tmp_path, run_dir):
@@ -346,7 +384,8 @@ def test_card_of_a_model_from_timms_weights_says_so(tmp_path, run_dir):
     run = {"parameters": 1, "data_fingerprint": "f", "git_revision": "abc", "before": before}
     run |= {"devices": ["cpu cpu"], "wall_seconds": 120.0}
     card = release_card(config, run, METRICS)
-    assert "timm's `coatnet_nano_rw_224`, outside" in card and "no outside weights" not in card
+    assert "timm's `coatnet_nano_rw_224`, outside" in card and "No outside weights" not in card
+    assert "random weights" not in card
 
 
 def test_a_pretraining_is_not_released(tmp_path, run_dir, variables, monkeypatch):
@@ -368,7 +407,7 @@ def test_card_says_results_by_group_terms_and_use():
         "| mean absolute error, years | 6.50 | 6.00-7.00 | 15.00 |",
         "| 0–9 | 9 | 3.25 (2.00-4.00) | +1.50 |",
         "| 80–89 | 1 | 7.25 | -7.25 |",
-        "hold 91.0 % of the ages and are 25.0 years wide",
+        "cover 91.0 % of the ages and are 25.0 years wide",
         "| wild, all | 1,774 | 8.75 | 75.0 % | 91.0 % |",
         "non-commercial research",
         "Do not use it to decide anything about a person",
