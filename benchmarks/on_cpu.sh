@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The small model of the package, from an archive of UTKFace: SimCLR and eight fine-tunings, each
-# from the weights of the one before. Eleven hours on two CPU cores.
+# from the weights of the one before. Twelve hours on two CPU cores.
 #
 #     benchmarks/on_cpu.sh RUNS utkface-0*.tar
 #
