@@ -206,7 +206,9 @@ def curve_blocks(run_dir: Path, figures: Path, title: str) -> list[dict[str, Any
     path = run_dir / "metrics.jsonl"
     if not path.is_file() or not training_plots.read_metrics(path):
         return []
-    picture = training_plots.training_curves(figures / f"{run_dir.name}_curves.png", path)
+    picture = training_plots.training_curves(
+        figures / f"{run_dir.name}_curves.png", path, title=training_plots.run_title(run_dir)
+    )
     return [{"figure": picture, "caption": f"{title}: training and validation over the steps"}]
 
 

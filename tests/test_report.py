@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coatnet_jax import embed, evaluate, pages, pictures, plots, report, training_plots
+from coatnet_jax import embed, evaluate, pages, pictures, plots, report
 
 ROWS = [{"name": "a", "years": 5.123, "n": 12345}, {"name": "b|<b>", "years": None, "n": 0}]
 
@@ -189,24 +189,6 @@ def test_report_leaves_out_what_is_not_there(tmp_path):
 
 
 # --- figures -------------------------------------------------------------------------------------
-
-
-def test_curves_take_the_later_of_repeated_steps_and_skip_what_is_no_number():
-    rows = [
-        {"step": 2, "split": "train", "loss": 3.0, "note": "x"},
-        {"step": 1, "split": "train", "loss": 4.0, "images_per_second": 9.0},
-        {"step": 2, "split": "train", "loss": 2.0, "done": True},
-    ]
-    curves = training_plots._curves(rows)
-    assert list(curves) == ["loss"]
-    steps, values = curves["loss"]["train"]
-    assert (steps.tolist(), values.tolist()) == ([1, 2], [4.0, 2.0])
-
-
-def test_curves_without_a_number_are_told_in_one_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no numbers to draw in .*metrics.jsonl"):
-        training_plots.training_curves(tmp_path / "a.png", tmp_path / "metrics.jsonl")
 
 
 def test_running_median_is_that_of_the_faces_around_each_year():
