@@ -15,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import Normal, Stroke
 
 from coatnet_jax.ages import CLASS_NAMES
 from coatnet_jax.palette import (
@@ -270,8 +271,9 @@ def predicted_against_true(
 ) -> Path:
     """Density of predicted over true age with the diagonal and the running median.
 
-    The running median and the band between the 10 % and 90 % quantiles take the faces within
-    `window` years of each true age, where at least five are found. Few faces are drawn as points.
+    The running median and the 10 % and 90 % quantiles take the faces within `window` years of each
+    true age, where at least five are found; they are lines, so that the cells stay what they are.
+    Few faces are drawn as points.
     """
     age, predicted = np.asarray(age, float), np.asarray(predicted, float)
     limit = 10 * math.ceil(max(90, age.max(initial=0), predicted.max(initial=0)) / 10)
@@ -292,15 +294,18 @@ def predicted_against_true(
             bar.set_ticks(ticks, labels=[f"{t:,}" for t in ticks])
         else:
             ax.scatter(age, predicted, s=22, color=BLUE, alpha=0.55, linewidths=0)
-        ax.plot(
-            [0, limit], [0, limit], color=INK, linewidth=1, linestyle=(0, (5, 4)), label="no error"
-        )
+        diagonal = {"color": INK, "linewidth": 1, "linestyle": (0, (5, 4)), "zorder": 3}
+        ax.plot([0, limit], [0, limit], **diagonal, label="no error")
         years, low, middle, high = _running_quantiles(age, predicted, window)
         if len(years):
-            ax.fill_between(
-                years, low, high, color=RED, alpha=0.12, linewidth=0, label="10–90 % of the faces"
-            )
-            ax.plot(years, middle, color=RED, linewidth=2.2, label="running median")
+            for values, width, words in (
+                (middle, 2.4, "running median"),
+                (low, 1.2, "10 % and 90 % of the faces below"),
+                (high, 1.2, None),
+            ):
+                # White around a line keeps it apart from cells as dark as it is.
+                halo = [Stroke(linewidth=width + 1, foreground="white"), Normal()]
+                ax.plot(years, values, color=RED, linewidth=width, path_effects=halo, label=words)
         ax.set(
             xlim=(-1, limit),
             ylim=(-1, limit),

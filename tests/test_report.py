@@ -203,6 +203,21 @@ def test_running_median_is_that_of_the_faces_around_each_year():
     assert plots._running_quantiles(np.array([1, 50]), np.array([1.0, 50.0]), 2).shape == (4, 0)
 
 
+def test_spread_of_the_predictions_is_lines_that_cover_no_cell(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, _: drawn.append(figure))
+    rng = np.random.default_rng(0)
+    age = rng.integers(0, 60, 600)
+    predicted = age + 5 * rng.normal(size=600)
+    plots.predicted_against_true(tmp_path / "s.png", age, predicted)
+    ax = drawn[0].axes[0]
+    assert [type(mesh).__name__ for mesh in ax.collections] == ["QuadMesh"] and not ax.patches
+    near = predicted[(age >= 28) & (age <= 32)]
+    at_30 = sorted(float(np.interp(30, *line.get_data())) for line in ax.lines)
+    expected = sorted([30, *np.percentile(near, [10, 50, 90])])
+    np.testing.assert_allclose(at_30, expected)
+
+
 def test_annotated_picture_keeps_the_pixels_above_its_band():
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     sheet = pictures.annotated(image, age=17.5, low=3, high=44, probabilities=[0.5, 0.5, 0, 0],
