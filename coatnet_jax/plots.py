@@ -4,7 +4,6 @@ Every function writes one PNG and returns its path. Continuous scales are viridi
 blue, which keep their order in greyscale; the other colours are in `palette`.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import Normal, Stroke
 
 from coatnet_jax.ages import CLASS_NAMES
 from coatnet_jax.palette import (
@@ -24,14 +23,11 @@ from coatnet_jax.palette import (
     CLASS_COLOURS,
     GENDER_COLOURS,
     GENDER_NAMES,
-    GREEN,
     GREY,
     GRID,
     INK,
     MUTED,
-    ORANGE,
     PANEL,
-    PINK,
     RACE_COLOURS,
     RACE_NAMES,
     RED,
@@ -275,8 +271,9 @@ def predicted_against_true(
 ) -> Path:
     """Density of predicted over true age with the diagonal and the running median.
 
-    The running median and the band between the 10 % and 90 % quantiles take the faces within
-    `window` years of each true age, where at least five are found. Few faces are drawn as points.
+    The running median and the 10 % and 90 % quantiles take the faces within `window` years of each
+    true age, where at least five are found; they are lines, so that the cells stay what they are.
+    Few faces are drawn as points.
     """
     age, predicted = np.asarray(age, float), np.asarray(predicted, float)
     limit = 10 * math.ceil(max(90, age.max(initial=0), predicted.max(initial=0)) / 10)
@@ -297,15 +294,18 @@ def predicted_against_true(
             bar.set_ticks(ticks, labels=[f"{t:,}" for t in ticks])
         else:
             ax.scatter(age, predicted, s=22, color=BLUE, alpha=0.55, linewidths=0)
-        ax.plot(
-            [0, limit], [0, limit], color=INK, linewidth=1, linestyle=(0, (5, 4)), label="no error"
-        )
+        diagonal = {"color": INK, "linewidth": 1, "linestyle": (0, (5, 4)), "zorder": 3}
+        ax.plot([0, limit], [0, limit], **diagonal, label="no error")
         years, low, middle, high = _running_quantiles(age, predicted, window)
         if len(years):
-            ax.fill_between(
-                years, low, high, color=RED, alpha=0.12, linewidth=0, label="10–90 % of the faces"
-            )
-            ax.plot(years, middle, color=RED, linewidth=2.2, label="running median")
+            for values, width, words in (
+                (middle, 2.4, "running median"),
+                (low, 1.2, "10 % and 90 % of the faces below"),
+                (high, 1.2, None),
+            ):
+                # White around a line keeps it apart from cells as dark as it is.
+                halo = [Stroke(linewidth=width + 1, foreground="white"), Normal()]
+                ax.plot(years, values, color=RED, linewidth=width, path_effects=halo, label=words)
         ax.set(
             xlim=(-1, limit),
             ylim=(-1, limit),
@@ -394,119 +394,3 @@ def error_by_band(
         ax.grid(axis="y", linewidth=0.7)
         ax.set_title(title, pad=10)
         return save_figure(figure, path)
-
-
-# --- training ------------------------------------------------------------------------------------
-
-# What is worth a panel, in this order; anything else follows by name.
-PANEL_TITLES = {
-    "loss": "loss",
-    "mae": "MAE in years",
-    "accuracy": "accuracy of the 4 classes",
-    "contrastive_top1": "other view found in the batch",
-    "knn_mae": "kNN MAE in years",
-    "probe_mae": "probe MAE in years",
-    "embedding_std": "spread of the embedding",
-    "rank_me": "RankMe",
-    "alignment": "alignment: views apart",
-    "uniformity": "uniformity: below 0 where spread",
-    "cs5": "within 5 years",
-    "lr": "learning rate",
-    "learning_rate": "learning rate",
-}
-NOT_CURVES = {"step", "epoch", "split", "time", "seconds", "images", "weight"}
-
-
-def read_metrics(path: str | Path) -> list[dict]:
-    """Rows of a metrics.jsonl; lines that are not JSON (a run cut while writing) are left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
-
-
-def training_curves(
-    path: str | Path,
-    metrics: str | Path | Sequence[Mapping],
-    *,
-    title: str = "",
-    most_panels: int = 6,
-) -> Path:
-    """Curves over the steps of every number in a metrics.jsonl (or its rows), by split.
-
-    A resumed run writes some steps twice: the later line counts. Raises ValueError when no line
-    holds a number.
-    """
-    rows = read_metrics(metrics) if isinstance(metrics, str | Path) else list(metrics)
-    curves = _curves(rows)
-    if not curves:
-        raise ValueError(
-            f"no numbers to draw in {metrics if isinstance(metrics, str | Path) else 'rows'}"
-        )
-    names = [n for n in PANEL_TITLES if n in curves]
-    names += sorted(n for n in curves if n not in PANEL_TITLES)
-    names = names[:most_panels]
-    columns = min(len(names), 3)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(max(4.6 * columns, 6), 3.3 * math.ceil(len(names) / columns)),
-            layout="constrained",
-        )
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-        for place, name in enumerate(names, 1):
-            ax = figure.add_subplot(math.ceil(len(names) / columns), columns, place)
-            for split, (steps, values) in curves[name].items():
-                _curve(ax, split, steps, values, smooth=name not in ("lr", "learning_rate"))
-            ax.set_title(PANEL_TITLES.get(name, name.replace("_", " ")))
-            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            ax.set_xlabel("step")
-            ax.grid(True, linewidth=0.7)
-            ax.tick_params(length=0)
-            ax.legend(fontsize=9.5)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-        return save_figure(figure, path)
-
-
-def _curves(rows) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """{metric: {split: (steps, values)}}, each step once, in order."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if name not in NOT_CURVES and not name.endswith("per_second") and number:
-                by_split = found.setdefault(name, {})
-                by_split.setdefault(str(row.get("split", "train")), {})[row["step"]] = value
-    return {
-        name: {
-            split: (np.array(sorted(points)), np.array([points[s] for s in sorted(points)], float))
-            for split, points in by_split.items()
-        }
-        for name, by_split in found.items()
-    }
-
-
-def _curve(ax, split, steps, values, *, smooth) -> None:
-    colour = {"train": BLUE, "validation": ORANGE, "test": GREEN}.get(split, PINK)
-    if len(steps) < 60 or not smooth:
-        marker = "o" if len(steps) < 25 else None
-        ax.plot(
-            steps, values, color=colour, linewidth=1.8, marker=marker, markersize=4, label=split
-        )
-        return
-    width = max(len(steps) // 30, 3)
-    kernel = np.ones(width) / width
-    padded = np.pad(values, (width // 2, width - 1 - width // 2), "edge")
-    ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-    ax.plot(
-        steps,
-        np.convolve(padded, kernel, "valid"),
-        color=colour,
-        linewidth=1.9,
-        label=f"{split}, mean of {width}",
-    )

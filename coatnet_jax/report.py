@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coatnet_jax import embed, evaluate, plots
+from coatnet_jax import embed, evaluate, training_plots
 from coatnet_jax.config import flat, read_json
 from coatnet_jax.pages import cell, percent, write_report
 from coatnet_jax.terms import LOCAL, data_terms
@@ -204,9 +204,11 @@ def _listed(values: Mapping[str, Any], between: str = " ") -> str:
 def curve_blocks(run_dir: Path, figures: Path, title: str) -> list[dict[str, Any]]:
     """The curves of metrics.jsonl as a picture under `figures`; nothing where there are none."""
     path = run_dir / "metrics.jsonl"
-    if not path.is_file() or not plots.read_metrics(path):
+    if not path.is_file() or not training_plots.read_metrics(path):
         return []
-    picture = plots.training_curves(figures / f"{run_dir.name}_curves.png", path)
+    picture = training_plots.training_curves(
+        figures / f"{run_dir.name}_curves.png", path, title=training_plots.run_title(run_dir)
+    )
     return [{"figure": picture, "caption": f"{title}: training and validation over the steps"}]
 
 

@@ -28,12 +28,12 @@ from coatnet_jax.inference import normalisation
 from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
 from coatnet_jax.optim import create_optimizer, optimizer_with_traced_rates, warmup_cosine
 from coatnet_jax.paths import data_folder
-from coatnet_jax.plots import training_curves
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
 from coatnet_jax.teachers import check_teachers
 from coatnet_jax.terms import model_card
 from coatnet_jax.tracking import open_trackers
 from coatnet_jax.train_state import TrainState, create_train_state, init_variables
+from coatnet_jax.training_plots import run_title, training_curves
 from input_pipeline.face_crops import GEOMETRIES
 from input_pipeline.label_noise import settle_conflicts, write_account
 from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
@@ -341,8 +341,8 @@ def run_stage(
     if not is_main():
         return finished
     if finished:
-        curves = workdir / "curves.png"
-        training_curves(curves, workdir / "metrics.jsonl", title=config.stage, most_panels=9)
+        curves, title = workdir / "curves.png", run_title(workdir)
+        training_curves(curves, workdir / "metrics.jsonl", title=title, most_panels=9)
     _add_wall_time(workdir, time.monotonic() - started, finished=finished, step=int(state.step))
     return finished
 

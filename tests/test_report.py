@@ -191,24 +191,6 @@ def test_report_leaves_out_what_is_not_there(tmp_path):
 # --- figures -------------------------------------------------------------------------------------
 
 
-def test_curves_take_the_later_of_repeated_steps_and_skip_what_is_no_number():
-    rows = [
-        {"step": 2, "split": "train", "loss": 3.0, "note": "x"},
-        {"step": 1, "split": "train", "loss": 4.0, "images_per_second": 9.0},
-        {"step": 2, "split": "train", "loss": 2.0, "done": True},
-    ]
-    curves = plots._curves(rows)
-    assert list(curves) == ["loss"]
-    steps, values = curves["loss"]["train"]
-    assert (steps.tolist(), values.tolist()) == ([1, 2], [4.0, 2.0])
-
-
-def test_curves_without_a_number_are_told_in_one_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no numbers to draw in .*metrics.jsonl"):
-        plots.training_curves(tmp_path / "a.png", tmp_path / "metrics.jsonl")
-
-
 def test_running_median_is_that_of_the_faces_around_each_year():
     rng = np.random.default_rng(0)
     age = rng.integers(0, 30, 200)
@@ -219,6 +201,21 @@ def test_running_median_is_that_of_the_faces_around_each_year():
         assert value == pytest.approx(np.median(near))
     assert np.all(low < high)
     assert plots._running_quantiles(np.array([1, 50]), np.array([1.0, 50.0]), 2).shape == (4, 0)
+
+
+def test_spread_of_the_predictions_is_lines_that_cover_no_cell(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, _: drawn.append(figure))
+    rng = np.random.default_rng(0)
+    age = rng.integers(0, 60, 600)
+    predicted = age + 5 * rng.normal(size=600)
+    plots.predicted_against_true(tmp_path / "s.png", age, predicted)
+    ax = drawn[0].axes[0]
+    assert [type(mesh).__name__ for mesh in ax.collections] == ["QuadMesh"] and not ax.patches
+    near = predicted[(age >= 28) & (age <= 32)]
+    at_30 = sorted(float(np.interp(30, *line.get_data())) for line in ax.lines)
+    expected = sorted([30, *np.percentile(near, [10, 50, 90])])
+    np.testing.assert_allclose(at_30, expected)
 
 
 def test_annotated_picture_keeps_the_pixels_above_its_band():
