@@ -13,8 +13,9 @@ from coatnet_jax.ssl.methods import METHODS
 from input_pipeline.pipeline import Faces, open_split
 
 
-def training_splits(run_dir: Path, folder: Path, splits: str) -> str:
-    """The table of splits in `folder` which the run was trained on: `splits`, as its config says.
+def open_trained(run_dir: Path, folder: Path, splits: str) -> tuple[Faces, str]:
+    """(the training split of the run, its table of splits in `folder`: `splits`, as its config
+    says).
 
     Where that table is another now than at the training (its fingerprint says so: the data were
     prepared again), the one that is the same under another name. Raises ValueError where there is
@@ -26,12 +27,14 @@ def training_splits(run_dir: Path, folder: Path, splits: str) -> str:
             f"{folder} is missing, which {run_dir} was trained on: without its training faces "
             "nothing can be said of overlap; prepare it, or name its folder with --root"
         )
-    found = open_split(folder, "train", splits=splits).fingerprint
-    if wanted in ("", found):
-        return splits
+    train = open_split(folder, "train", splits=splits)
+    if wanted in ("", found := train.fingerprint):
+        return train, splits
     for path in sorted((folder / "splits").glob("*.csv")):
-        if open_split(folder, "train", splits=path.stem).fingerprint == wanted:
-            return path.stem
+        # A table without a training split, as of a benchmark's test faces, is none to train on.
+        train, other = open_stage({"splits": path.stem}, folder)
+        if train and train.fingerprint == wanted:
+            return train, other
     raise ValueError(
         f"{run_dir} was trained on data of fingerprint {wanted[:16]}, but the splits {splits!r} of "
         f"{folder} have {found[:16]} and no other table there fits: prepare the data as they were, "

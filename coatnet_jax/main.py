@@ -8,6 +8,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from coatnet_jax.full_disk import full_disk_explained
+
 TRAINING = ("pretrain", "finetune")
 UNFINISHED = 3  # exit status of a training that was stopped and saved; the same command resumes
 
@@ -16,7 +18,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 wrong input (one line says which), 3 stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        sys.exit(_run(argv))
+        with full_disk_explained(argv):
+            sys.exit(_run(argv))
     except KeyboardInterrupt:
         print("coatnet-jax: interrupted", file=sys.stderr)
         sys.exit(130)

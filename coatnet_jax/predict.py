@@ -19,6 +19,7 @@ from coatnet_jax.conformal import conformal_interval, posterior_interval, read_c
 from coatnet_jax.inference import Run, load_run
 from coatnet_jax.pages import write_csv
 from coatnet_jax.release_weights import FILES
+from input_pipeline.archive import walk_files
 from input_pipeline.face_crops import (
     CROP,
     Face,
@@ -144,10 +145,12 @@ def run(
 def find_images(
     inputs: Sequence[str | Path], *, recursive: bool = True, out: str | Path | None = None
 ) -> list[Path]:
-    """The files to read, each once: files as given, folders searched by ending and sorted.
+    """The files to read, each once: files as given, folders searched by ending and sorted, linked
+    ones too.
 
     What an earlier run drew under `out` is not taken for input. Raises FileNotFoundError for a
-    missing path, ValueError when there is nothing to read.
+    missing path, PermissionError for a folder that may not be listed, ValueError when there is
+    nothing to read.
     """
     if not inputs:
         raise ValueError("no images given: name image files or folders")
@@ -173,7 +176,8 @@ def find_images(
 
 def _images_in(folder: Path, *, recursive: bool, out: Path | None) -> Iterator[Path]:
     ours = {(out / name).resolve() for name in ("annotated", "predictions.png")} if out else set()
-    for file in sorted(folder.rglob("*") if recursive else folder.glob("*")):
+    found = map(folder.joinpath, walk_files(folder)) if recursive else folder.iterdir()
+    for file in sorted(found):
         if file.suffix.lower() not in ENDINGS | UNSUPPORTED or file.name.startswith("."):
             continue
         if file.is_file() and not ours & {file.resolve(), *file.resolve().parents}:

@@ -31,7 +31,7 @@ from coatnet_jax.checkpoint import check_unused, load_variables, save_variables
 from coatnet_jax.config import flat, read_config, read_json
 from coatnet_jax.finetune import training_view
 from coatnet_jax.inference import Run, build_model, predict_split
-from coatnet_jax.leaks import training_splits
+from coatnet_jax.leaks import open_trained
 from coatnet_jax.lineage import teacher_folders
 from coatnet_jax.logs import update_run_info, write_run_info
 from coatnet_jax.metrics import mae
@@ -67,8 +67,7 @@ def run(
     configs, told = _read_alike(paths)
     weights = [load_variables(path)[0] for path in paths]
     _check_same_shapes(paths, weights)
-    splits = training_splits(paths[0], data_folder, configs[0].data.splits)
-    train = open_split(data_folder, "train", splits=splits)
+    train, splits = open_trained(paths[0], data_folder, configs[0].data.splits)
     validation = open_split(data_folder, "validation", splits=splits)
 
     ages = validation.labels["age"]

@@ -21,8 +21,8 @@ from coatnet_jax.leaks import (
     check_stages_before,
     learned_ages,
     open_stage,
+    open_trained,
     refuse_trained_on,
-    training_splits,
 )
 from coatnet_jax.lineage import stages_before
 from coatnet_jax.weight_files import read_weights, write_weights
@@ -66,19 +66,17 @@ def open_training_set(run_dir: Path, folder: Path, splits: str) -> TrainingSet:
     """What the run was trained on, from the data in `folder`; where those are missing or others,
     from what a released model keeps. `splits` is the table that the run's config names.
 
-    Raises as `training_splits` does where neither is there.
+    Raises as `open_trained` does where neither is there.
     """
     try:
-        splits = training_splits(run_dir, folder, splits)
+        train, splits = open_trained(run_dir, folder, splits)
     except (FileNotFoundError, ValueError):
         if not (run_dir / FILE).is_file():
             raise
         told = read_json(run_dir / "run.json", wants=("data_fingerprint",))
         labels, hashes = read_record(run_dir)
         return TrainingSet(splits, told["data_fingerprint"], labels, hashes=hashes)
-    train, validation = (
-        open_split(folder, split, splits=splits) for split in ("train", "validation")
-    )
+    validation = open_split(folder, "validation", splits=splits)
     return TrainingSet(splits, train.fingerprint, train.labels, train, validation)
 
 
@@ -86,9 +84,9 @@ def write_record(out: Path, run_dir: Path, folder: Path, splits: str) -> None:
     """Write what `out`, the release of a run, is to keep of the training faces in `folder`, and of
     those of the stages before that were told ages.
 
-    Raises as `training_splits` does; a stage whose faces are not here any more is named.
+    Raises as `open_trained` does; a stage whose faces are not here any more is named.
     """
-    train = open_split(folder, "train", splits=training_splits(run_dir, folder, splits))
+    train, _ = open_trained(run_dir, folder, splits)
     hashes = [short_hashes(train.labels["pixel_hash"])]
     for stage in stages_before(run_dir):
         if not learned_ages(stage) or stage.get("fingerprint") == train.fingerprint:

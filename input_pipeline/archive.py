@@ -158,7 +158,7 @@ def count_files(source: Source) -> int | None:
     total = 0
     for path in resolve_source(source):
         if path.is_dir():
-            total += sum(1 for _ in _walk(path))
+            total += sum(1 for _ in walk_files(path))
         elif _is_zip(path):
             with _open_zip(path) as archive:
                 total += sum(not info.is_dir() for info in archive.infolist())
@@ -171,7 +171,7 @@ def describe(source: Source) -> list[tuple[str, int, int]]:
     """Returns (name, bytes, mtime in ns) of the archives, or of each file of a folder, sorted."""
     rows = []
     for path in resolve_source(source):
-        files = [path / name for name in _walk(path)] if path.is_dir() else [path]
+        files = [path / name for name in walk_files(path)] if path.is_dir() else [path]
         for file in files:
             name = file.relative_to(path).as_posix() if path.is_dir() else file.name
             try:
@@ -192,7 +192,7 @@ def _expand(name: str) -> list[Path]:
         return [part for name in found for part in _expand(name)]
     if not path.is_dir():
         return [path]
-    files = list(_walk(path))
+    files = list(walk_files(path))
     if not files:
         raise ValueError(f"{name} is an empty folder: give the folder, zip or tars with the images")
     if any(file.lower().endswith(IMAGE_SUFFIXES) and not _is_mac(file) for file in files):
@@ -201,7 +201,7 @@ def _expand(name: str) -> list[Path]:
     return archives or [path]
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def walk_files(folder: Path) -> Iterator[str]:
     """Yields the files under `folder` in sorted order; a linked folder is entered once. Raises
     OSError where a folder cannot be read: its files would be missing from every count."""
 
@@ -255,7 +255,7 @@ def _is_archive_name(name: str) -> bool:
 
 
 def _iter_folder(folder: Path):
-    for name in _walk(folder):
+    for name in walk_files(folder):
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
         yield name, size, file.read_bytes

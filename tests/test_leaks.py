@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from coatnet_jax.config import load_config
-from coatnet_jax.leaks import check_no_leak, check_stages_before, trained_on, training_splits
+from coatnet_jax.leaks import check_no_leak, check_stages_before, open_trained, trained_on
 from coatnet_jax.logs import write_run_info
 from input_pipeline.pipeline import open_split
 
@@ -26,20 +26,29 @@ def write_run(run_dir, fingerprint):
 
 
 def test_splits_are_found_by_fingerprint_under_another_name(folder, tmp_path):
-    assert training_splits(tmp_path, folder, "default") == "default"  # a run that tells none
+    assert open_trained(tmp_path, folder, "default")[1] == "default"  # a run that tells none
     fold = open_split(folder, "train", splits="fold3").fingerprint
     run = write_run(tmp_path / "run", fold)
-    assert training_splits(run, folder, "fold3") == "fold3"
-    assert training_splits(run, folder, "default") == "fold3"
+    for named in ("fold3", "default"):
+        train, splits = open_trained(run, folder, named)
+        assert (train.split, train.fingerprint, splits) == ("train", fold, "fold3")
+
+
+def test_tables_without_a_training_split_are_passed_over(folder, tmp_path):
+    run = write_run(tmp_path / "run", open_split(folder, "train", splits="fold3").fingerprint)
+    header, *rows = (folder / "splits/default.csv").read_text().splitlines()
+    tests = [row for row in rows if ",test" in row]
+    (folder / "splits/a_benchmark.csv").write_text("\n".join([header, *tests]))
+    assert open_trained(run, folder, "default")[1] == "fold3"
 
 
 def test_data_that_the_run_was_not_trained_on_are_refused(folder, tmp_path):
     run = write_run(tmp_path / "run", "0123456789abcdef0")
     with pytest.raises(ValueError, match="fingerprint 0123456789abcdef, but .* no other") as error:
-        training_splits(run, folder, "default")
+        open_trained(run, folder, "default")
     assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="nothing can be said of overlap"):
-        training_splits(run, tmp_path / "gone", "default")
+        open_trained(run, tmp_path / "gone", "default")
 
 
 def test_only_faces_of_the_training_split_are_a_leak(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Reading pictures of any kind, the rows and pictures written, and what happens to bad files."""
 
 import csv
+import errno
 import os
 import re
 from pathlib import Path
@@ -239,6 +240,31 @@ def test_files_named_twice_are_read_once_and_folders_need_not_be_deep(run, tmp_p
     a, b = picture(tmp_path / "a.jpg"), picture(tmp_path / "deep/b.jpg")
     assert predict.find_images([a, tmp_path, a]) == [a, b]
     assert predict.find_images([tmp_path], recursive=False) == [a]
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+    a, b = picture(tmp_path / "in/a.jpg"), picture(tmp_path / "elsewhere/deep/b.jpg")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")  # a circle
+    found = predict.find_images([tmp_path / "in"])
+    assert [file.resolve() for file in found] == [a, b]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(run, tmp_path, monkeypatch, capsys):
+    picture(tmp_path / "in/a.jpg"), picture(tmp_path / "in/locked/b.jpg")
+    scandir = os.scandir
+
+    def refuse(path):  # what a mode of 000 does, but to root as well
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(SystemExit) as end:
+        main(["predict", str(tmp_path / "in"), "--no-detect", "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.count("\n") == 1
+    assert f"{tmp_path}/in/locked cannot be used (Permission denied)" in error
 
 
 def test_equal_names_do_not_overwrite_each_other(run, tmp_path):

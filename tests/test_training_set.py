@@ -58,7 +58,7 @@ def test_unknown_labels_are_counted_as_such(folder, make, monkeypatch):
     whole = open_split(folder, "train")
     whole.labels["race"][:] = -1
     whole.labels["gender"][::2] = -1
-    monkeypatch.setattr(training_set, "open_split", lambda *_, **__: whole)
+    monkeypatch.setattr(training_set, "open_trained", lambda *_: (whole, "default"))
     labels, _ = read_record(make())
     assert set(labels["race"]) == {-1} and len(labels["race"]) == len(whole)
     assert (labels["gender"] < 0).sum() == (len(whole) + 1) // 2
