@@ -97,7 +97,7 @@ def iter_part(part: Part, *, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
     return _read_images(entries, on_skip)
 
 
-def list_files(source: Source, *, limit: int = 2000) -> tuple[list[str], int]:
+def list_files(source: Source, *, limit: float = 2000) -> tuple[list[str], int]:
     """Returns (relative paths of the images, number of other files) without reading the files.
 
     Stops at `limit` images, for a packed tar has to be unpacked to be listed.

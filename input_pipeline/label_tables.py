@@ -10,6 +10,7 @@ import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from input_pipeline.names import FaceLabel, bare_name, checked_age, person_id
@@ -42,7 +43,8 @@ class _Row(NamedTuple):
 class LabelTable:
     """The rows of one or several tables; called with a picture's path it gives the labels.
 
-    A row belongs to a picture when one of the two paths is the end of the other, folder by folder.
+    A row belongs to a picture when one of the two paths is the end of the other, folder by folder:
+    the row of the very path before any other, else the one that agrees in the most folders.
     unknown: how often each value of gender or race was not understood and taken as unknown.
     """
 
@@ -50,8 +52,13 @@ class LabelTable:
         """`crops`: the tables name photos, but their crops (`_face.jpg`) are what is wanted."""
         self._rows: dict[str, list[_Row]] = defaultdict(list)
         for row in rows:
-            self._rows[bare_name(row.path)].append(row)
+            self._rows["/".join(_parts(row.path))].append(row)
+        self._longer: dict[str, list[str]] = defaultdict(list)  # end of a path -> paths of rows
+        for path in self._rows:
+            for end in _ends(path):
+                self._longer[end].append(path)
         self.unknown, self._crops = dict(unknown), crops
+        self._shared: set[str] = set()
 
     def __call__(self, path: str) -> FaceLabel:
         """Returns the labels of the picture; raises ValueError with the reason."""
@@ -60,6 +67,8 @@ class LabelTable:
         rows = self._find(path)
         if not rows:
             raise ValueError("not in the label table")
+        if self._key(path) in self._shared:
+            raise ValueError(f"label row fits several pictures ({rows[0].path})")
         labels = list(dict.fromkeys(row.label for row in rows))
         if len(labels) > 1:
             raise ValueError("the label table says two things of it")
@@ -67,11 +76,24 @@ class LabelTable:
             raise ValueError(labels[0])
         return labels[0]
 
+    def tell_apart(self, paths: Iterable[str]) -> None:
+        """Takes the paths of all pictures, and from now on refuses those of several folders that
+        one row fits, unless it is the row of the very path."""
+        takers: dict[str, set[str]] = defaultdict(set)
+        for path in paths:
+            if not self._crops or path.endswith(_CROP):
+                for row in self._keys(path):
+                    takers[row].add(self._key(path))
+        self._shared = {
+            path for row, found in takers.items() if len(found) > 1 for path in found - {row}
+        }
+
     def short_name(self, path: str) -> str:
         """Returns the name under which a picture is listed: the whole path where the table has its
         name in several folders, whose rows could not be told apart without them."""
-        rows = self._of_name(path)
-        return path if any(row.path != rows[0].path for row in rows) else bare_name(path)
+        name = bare_name(self._key(path))
+        several = len(self._longer.get(name, ())) + (name in self._rows) > 1
+        return path if several else bare_name(path)
 
     def split_of(self, path: str) -> str:
         """Returns the split that the table names for a picture, or '' for none or several."""
@@ -84,17 +106,24 @@ class LabelTable:
 
     def without_picture(self, paths: Iterable[str]) -> list[str]:
         """Returns the paths of rows to which none of these pictures belongs."""
-        found = {row.path for path in paths for row in self._find(path)}
-        return [row.path for rows in self._rows.values() for row in rows if row.path not in found]
+        found = {key for path in paths for key in self._keys(path)}
+        return [row.path for key, rows in self._rows.items() if key not in found for row in rows]
 
     def _find(self, path: str) -> list[_Row]:
-        rows = self._of_name(path)
-        if self._crops:
-            path = path.removesuffix(_CROP)
-        return [row for row in rows if _is_end(row.path, path) or _is_end(path, row.path)]
+        return [row for key in self._keys(path) for row in self._rows[key]]
 
-    def _of_name(self, path: str) -> list[_Row]:
-        return self._rows.get(bare_name(path).removesuffix(_CROP if self._crops else ""), [])
+    def _keys(self, path: str) -> list[str]:
+        """The paths of the rows that belong to a picture."""
+        whole = self._key(path)
+        if whole in self._rows:
+            return [whole]
+        if whole in self._longer:
+            return self._longer[whole]
+        return [end for end in _ends(whole) if end in self._rows][:1]
+
+    def _key(self, path: str) -> str:
+        """The path as the keys are, of a crop that of its photo."""
+        return "/".join(_parts(path.removesuffix(_CROP) if self._crops else path))
 
 
 def read_label_tables(
@@ -200,5 +229,12 @@ def _whole_years(text: str) -> int:
     return checked_age(math.floor(age + 0.5))
 
 
-def _is_end(end: str, path: str) -> bool:
-    return path == end or path.endswith(f"/{end.removeprefix('./').lstrip('/')}")
+def _parts(path: str) -> tuple[str, ...]:
+    """The folders and the name, wherever the path begins: `./a/1.jpg` is `/a/1.jpg`."""
+    return PurePosixPath(path.lstrip("/")).parts or ("",)
+
+
+def _ends(path: str) -> list[str]:
+    """The path without its first folder, without its first two, and so on."""
+    parts = path.split("/")
+    return ["/".join(parts[start:]) for start in range(1, len(parts))]

@@ -1,5 +1,6 @@
 """How a source says the ages of its pictures: known layouts, and which of them a source has."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,7 @@ def find_layout(
         if layout not in ("auto", "csv"):
             raise ValueError(f"label tables go with the layout csv, not with {layout}")
         tables = {str(path): _read(Path(path)) for path in labels} or _tables_within(source)
-        return _table_layout(tables, age_column)
+        return _table_layout(source, tables, age_column)
     if age_column:
         raise ValueError(f"an age column goes with label tables, not with the layout {layout}")
     if layout == "appa_real":
@@ -110,7 +111,7 @@ def _recognise(source: Source) -> Layout:
         return _appa_real(source, tables)
     usable = {path: content for path, content in tables.items() if is_label_table(content)}
     if usable:
-        fit = _fit(_table_layout(usable, ""), names)
+        fit = _fit(_table_layout(source, usable, ""), names)
         if len(fit.ages) * 2 >= len(names) or not fits:
             fits["csv"] = fit
     return _only(source, names, list(fits.values()))
@@ -147,8 +148,9 @@ def _only(source: Source, names: Sequence[str], fits: list[_Fit]) -> Layout:
     return first.layout
 
 
-def _table_layout(tables: Mapping[str, bytes], age_column: str) -> Layout:
+def _table_layout(source: Source, tables: Mapping[str, bytes], age_column: str) -> Layout:
     table = read_label_tables(tables, age_column=age_column)
+    table.tell_apart(list_files(source, limit=math.inf)[0])
     shown = ", ".join(bare_name(path) for path in tables)
     return Layout("csv", f"the label table {shown}", table, table.short_name, table)
 
@@ -158,9 +160,10 @@ def _appa_real(source: Source, tables: Mapping[str, bytes]) -> Layout:
     found = {path: data for path, data in tables.items() if bare_name(path) in APPA_REAL_TABLES}
     if not found:
         raise ValueError(f"{_shown(source)} holds none of {', '.join(APPA_REAL_TABLES)}")
-    names, _ = list_files(source)
+    names, _ = list_files(source, limit=math.inf)
     crops = any(name.endswith("_face.jpg") for name in names)
     table = read_label_tables(found, crops=crops, splits_by_name=True)
+    table.tell_apart(names)
     what = "face crops" if crops else "photos"
     about = f"APPA-REAL's tables (real ages) and {what}"
     return Layout("appa_real", about, table, table.short_name, table)

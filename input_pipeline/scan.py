@@ -81,7 +81,7 @@ class Copies:
         first: str  # or where the same picture was met before
 
     def __init__(self, name: str):
-        self._name, self._files = name, set()
+        self._name, self._files, self._paths = name, set(), set()
         self._first: dict[tuple[str, FaceLabel], str] = {}  # (pixel hash, label) -> path
 
     def place(self, path: str, pixel_hash: str, label: FaceLabel) -> "Copies.Placed":
@@ -93,10 +93,11 @@ class Copies:
         if self._first:
             file = path[: len(path) - len(bare_name(path))] + bare_name(self._name)
             # Archives may hold one path twice, and public names are equal for several people.
-            if file in self._files or path in self._first.values():
+            if file in self._files or path in self._paths:
                 file += f"#{len(self._first)}"
         self._first[key] = path
         self._files.add(file)
+        self._paths.add(path)
         return self.Placed(file, "")
 
 

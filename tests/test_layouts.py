@@ -1,6 +1,9 @@
 """Layouts of the usual sets: what their names say, which one a source has, and label tables."""
 
+import itertools
 import pickle
+import random
+import time
 import zipfile
 
 import pytest
@@ -200,6 +203,51 @@ def test_paths_match_from_their_ends_folder_by_folder():
             found(path)
     assert found.without_picture(["a/x.jpg"]) == ["/home/me/set/b/x.jpg", "y.jpg"]
     assert found.without_picture(["a/x.jpg", "c/x.jpg", "b/x.jpg", "in/y.jpg"]) == []
+
+
+def test_row_of_the_very_path_wins_and_then_the_one_that_agrees_longest():
+    paths = ["/".join(p) for n in (1, 2, 3) for p in itertools.product("ab", repeat=n)]
+    rng = random.Random(0)
+    for _ in range(300):
+        rows = rng.sample(paths, 4)
+        found = table("file,age\n" + "".join(f"{row},{i}\n" for i, row in enumerate(rows)))
+        for picture in paths:
+            # How many parts agree from the end, where that is all that one of the two has.
+            length = dict.fromkeys(rows, 0)
+            for row in rows:
+                pairs = list(zip(row.split("/")[::-1], picture.split("/")[::-1], strict=False))
+                length[row] = len(pairs) if all(a == b for a, b in pairs) else 0
+            best = max(length.values())
+            right = [i for i, row in enumerate(rows) if best and length[row] == best]
+            if picture in rows:
+                right = [rows.index(picture)]
+            if len(right) == 1:
+                assert found(picture).age == right[0], (rows, picture)
+            else:
+                with pytest.raises(ValueError, match="two things" if right else "not in the label"):
+                    found(picture)
+
+
+def test_row_that_fits_pictures_of_several_folders_is_told_for_none(tmp_path):
+    (tmp_path / "t.csv").write_text("file,age\n1.jpg,20\na/1.jpg,40\n2.jpg,60\n3.jpg,30\n")
+    names = ["1.jpg", "a/1.jpg", "b/1.jpg", "b/2.jpg", "c/2.jpg", "c/3.jpg"]
+    source = write_zip(tmp_path / "a.zip", names)
+    layout = find_layout(source, labels=[tmp_path / "t.csv"])
+    ages = {name: layout.read_label(name).age for name in ("1.jpg", "a/1.jpg", "c/3.jpg")}
+    assert ages == {"1.jpg": 20, "a/1.jpg": 40, "c/3.jpg": 30}
+    for name in ("b/1.jpg", "b/2.jpg", "c/2.jpg"):
+        with pytest.raises(ValueError, match=rf"fits several pictures \({name[2:]}\)"):
+            layout.read_label(name)
+    assert layout.table.without_picture(names) == []
+
+
+def test_pictures_of_one_name_in_many_folders_are_found_in_time():
+    names = [f"p{i:06}/face.jpg" for i in range(6000)]
+    found = table("file,age\n" + "".join(f"{name},{i % 90}\n" for i, name in enumerate(names)))
+    started = time.monotonic()
+    assert [found(name).age for name in names] == [i % 90 for i in range(6000)]
+    assert found.without_picture(names[1:] + ["q/face.jpg"] * 1000) == names[:1]
+    assert time.monotonic() - started < 3  # a quarter of a minute where each row is looked at
 
 
 def test_pictures_whose_names_repeat_in_a_table_are_listed_with_their_folders():

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+import time
 import zipfile
 import zlib
 
@@ -23,8 +24,10 @@ from input_pipeline.images import (
     decode_into,
     pixel_hash,
 )
+from input_pipeline.names import FaceLabel
 from input_pipeline.pipeline import open_split
 from input_pipeline.prepare import prepare, read_labels, records_folder, summary
+from input_pipeline.scan import Copies
 from input_pipeline.splits import read_splits
 from input_pipeline.utkface.utkface_dataset_builder import Builder as UTKFaceBuilder
 
@@ -237,6 +240,15 @@ def test_any_number_of_pictures_may_have_one_public_name(tmp_path):
     assert info["kept"] == info["identities"] == 4
     names = ["0_25_f.jpg", "AgeDB/0_25_f.jpg", "AgeDB/0_25_f.jpg#2", "AgeDB/0_25_f.jpg#3"]
     assert sorted(by_file(tmp_path / "agedb")) == names
+
+
+def test_many_pictures_of_one_name_are_told_apart_in_time():
+    copies, started = Copies("face.jpg"), time.monotonic()
+    paths = [f"p{i:05}/face.jpg" for i in range(20_000)]
+    files = [copies.place(path, path, FaceLabel(3)).file for path in paths]
+    assert files == ["face.jpg", *paths[1:]]
+    assert copies.place(paths[7], "other", FaceLabel(3)).file == f"{paths[7]}#20000"
+    assert time.monotonic() - started < 2  # ten seconds where each is compared with all before
 
 
 def test_given_split_that_fits_a_picture_twice_is_counted_and_shown(tmp_path):
