@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,23 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no get_config function, so it is not a config")
     return module.get_config(words) if words else module.get_config()
+
+
+def check_words(words: Sequence[str], known: Sequence[str], *, stage: str) -> None:
+    """Raise ValueError where a word after a config's colon is not a `known` one."""
+    for word in words:
+        if word not in known:
+            raise ValueError(
+                f"{stage} config {','.join(words)!r}: {word!r} is not one of {', '.join(known)}"
+            )
+
+
+def only_one(words: Sequence[str], known: Container[str], what: str, *, stage: str) -> str | None:
+    """The one of `words` that is `known`, None where none is; ValueError for two."""
+    found = [word for word in words if word in known]
+    if len(found) > 1:
+        raise ValueError(f"{stage} config: {' and '.join(found)} are two {what}, give one")
+    return found[0] if found else None
 
 
 def parse_training_flags(

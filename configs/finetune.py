@@ -3,7 +3,8 @@ r"""Fine-tuning for age on UTKFace, from a pre-trained backbone or from scratch.
     coatnet-jax finetune --config=finetune:micro --config.init_from=runs/pretrain \
         --workdir=runs/finetune
 
-The argument after the colon is a list of words, the first one the model:
+The argument after the colon is a list of words in any order, one model at most (`micro` unless
+named):
 
     micro, atto, coatnet_0 … coatnet_5    the backbone; coatnet_nano_rw, coatnet_rmlp_1_rw, …
                are timm's, for weights that `coatnet-jax import-timm` brought here; to compare
@@ -20,6 +21,8 @@ Without `init_from` the same recipe trains from scratch (timm's CoAtNets and the
 
 import ml_collections
 
+from coatnet_jax.config import check_words, only_one
+
 RW = ("nano_rw", "0_rw", "1_rw", "2_rw", "3_rw", "bn_0_rw")
 RMLP = ("rmlp_nano_rw", "rmlp_1_rw", "rmlp_1_rw2", "rmlp_2_rw")
 BASELINES = (
@@ -33,12 +36,9 @@ WORDS = ("drawn", "cpu", "bf16", "tiny")
 
 def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     """The configuration for a comma-separated `variant`; unknown words raise ValueError."""
-    model, *words = variant.split(",")
-    for word, known in [(model, MODELS), *((w, WORDS) for w in words)]:
-        if word not in known:
-            raise ValueError(
-                f"finetune config {variant!r}: {word!r} is not one of {', '.join(known)}"
-            )
+    words = variant.split(",")
+    check_words(words, (*MODELS, *WORDS), stage="finetune")
+    model = only_one(words, MODELS, "models", stage="finetune") or "micro"
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.stage = "finetune"

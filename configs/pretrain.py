@@ -3,7 +3,8 @@
     coatnet-jax pretrain --config=pretrain:micro --workdir=runs/pretrain
     coatnet-jax pretrain --config=pretrain:micro,byol --workdir=runs/byol
 
-The argument after the colon is a list of words in any order, one model and one method at most:
+The argument after the colon is a list of words in any order, one model (`micro`
+unless named) and one method at most:
 
     micro, atto, coatnet_0 … coatnet_5    the backbone; coatnet_nano_rw, coatnet_rmlp_1_rw, …
                are timm's, for weights that `coatnet-jax import-timm` brought here; to compare
@@ -23,6 +24,8 @@ are sized for batches of some hundred faces; the papers' larger ones are named b
 """
 
 import ml_collections
+
+from coatnet_jax.config import check_words, only_one
 
 RW = ("nano_rw", "0_rw", "1_rw", "2_rw", "3_rw", "bn_0_rw")
 RMLP = ("rmlp_nano_rw", "rmlp_1_rw", "rmlp_1_rw2", "rmlp_2_rw")
@@ -85,13 +88,9 @@ METHODS = {
 def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     """The configuration for a comma-separated `variant`; unknown words raise ValueError."""
     words = variant.split(",")
-    for word in words:
-        if word not in (known := (*MODELS, *METHODS, *WORDS)):
-            raise ValueError(
-                f"pretrain config {variant!r}: {word!r} is not one of {', '.join(known)}"
-            )
-    model = _only_one(words, MODELS, "models") or "micro"
-    method = _only_one(words, METHODS, "methods") or "simclr"
+    check_words(words, (*MODELS, *METHODS, *WORDS), stage="pretrain")
+    model = only_one(words, MODELS, "models", stage="pretrain") or "micro"
+    method = only_one(words, METHODS, "methods", stage="pretrain") or "simclr"
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.stage = "pretrain"
@@ -178,14 +177,6 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
         config.monitor.every_epochs, config.monitor.images = 1.0, 64
         config.log_every = 2
     return config
-
-
-def _only_one(words: list[str], known, what: str) -> str | None:
-    """The one of `words` that is `known`, None where none is; ValueError for two."""
-    found = [word for word in words if word in known]
-    if len(found) > 1:
-        raise ValueError(f"pretrain config: {' and '.join(found)} are two {what}, give one")
-    return found[0] if found else None
 
 
 def _shrink_heads(config: ml_collections.ConfigDict, *, hidden: int, out: int) -> None:

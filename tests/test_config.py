@@ -85,6 +85,19 @@ def test_every_shipped_word_gives_a_config_that_round_trips(stage, words, tmp_pa
     assert config.stage == stage
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_words_come_in_any_order_with_one_model_at_most(stage):
+    expected = load_config(f"{stage}:atto,cpu,bf16")
+    assert (expected.model.name, expected.model.dtype) == ("coatnet_atto", "bfloat16")
+    for words in ("cpu,atto,bf16", "bf16,cpu,atto"):
+        assert load_config(f"{stage}:{words}") == expected
+    assert load_config(f"{stage}:cpu") == load_config(f"{stage}:micro,cpu")
+    with pytest.raises(ValueError, match=f"{stage} config: atto and resnet50 are two models"):
+        load_config(f"{stage}:atto,cpu,resnet50")
+    with pytest.raises(ValueError, match=f"{stage} config 'cpu,mikro': 'mikro' is not one of mi"):
+        load_config(f"{stage}:cpu,mikro")
+
+
 @pytest.mark.parametrize("stage", [pretrain, finetune])
 def test_every_backbone_is_a_word_of_the_configs(stage):
     assert {stage.get_config(model).model.name for model in stage.MODELS} == set(models.BACKBONES)
