@@ -4,6 +4,7 @@ With a detector every face of a photo is cut out like the crops that the model w
 gets a row. Without one each picture is taken as it is, its centre square: it should be such a crop.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ UNSUPPORTED = {".heic", ".heif", ".avif", ".gif"}
 RUN_FILES = ("config.json", "run.json", "checkpoints", *FILES)  # what tells the folder of a run
 SHAPES = (1, 8, 32)  # sizes of a batch
 ON_SHEET = 24
+LONGEST_NAME = 200  # bytes of the name of an annotated picture; most file systems take 255
 CROP_SIDE = 400  # px; a square picture up to this may be a face crop in which no face is found
 ENLARGED = 2.0  # a face is noted as small when its crop is enlarged by more than this
 
@@ -414,10 +416,20 @@ def _names(paths: Sequence[Path]) -> list[str]:
     """A name for each annotated picture: the path below the folder all share, made one word."""
     base = os.path.commonpath([path.resolve().parent for path in paths])
     names: list[str] = []
+    taken: set[str] = set()
     for path in paths:
         name = "_".join(path.resolve().relative_to(base).parts).removesuffix(path.suffix)
         # a.jpg and a.png, or folder/a.jpg and folder_a.jpg, must not overwrite each other
-        while name.lower() in {taken.lower() for taken in names}:
-            name += path.suffix.replace(".", "_")
-        names.append(name)
+        while (short := _short(name)).lower() in taken:
+            name += path.suffix.replace(".", "_") or "_"
+        taken.add(short.lower())
+        names.append(short)
     return names
+
+
+def _short(name: str) -> str:
+    """The name, of a long one the beginning and a hash that tells it from others."""
+    data = os.fsencode(name)
+    if len(data) <= LONGEST_NAME:
+        return name
+    return f"{data[:LONGEST_NAME].decode(errors='ignore')}_{hashlib.sha256(data).hexdigest()[:8]}"

@@ -274,6 +274,35 @@ def test_equal_names_do_not_overwrite_each_other(run, tmp_path):
     assert len(list((tmp_path / "out/annotated").iterdir())) == len(rows) == 5
 
 
+def test_a_name_is_compared_once_however_many_there_are(tmp_path, monkeypatch):
+    calls = []
+
+    class Name(str):
+        def lower(self):
+            calls.append(self)
+            return str.lower(self)
+
+    monkeypatch.setattr(predict, "_short", Name)
+    paths = [tmp_path / f"{i}.jpg" for i in range(200)]
+    assert predict._names(paths) == [path.stem for path in paths]
+    assert len(calls) <= 2 * len(paths)
+
+
+def test_names_without_an_ending_do_not_overwrite_each_other(tmp_path):
+    assert predict._names([tmp_path / "x/a", tmp_path / "x_a"]) == ["x_a", "x_a_"]
+
+
+def test_names_of_deep_folders_fit_the_file_system(run, tmp_path):
+    deep = tmp_path / "/".join(["in", *("ü" * 60 for _ in range(4))])
+    found = [picture(deep / f"{name}.png") for name in "abc"] + [picture(tmp_path / "in/d.png")]
+    rows = predict.run("run", [tmp_path / "in"], out=tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out/annotated").iterdir())
+    assert len(names) == len(rows) == len(found) and names[0] == "d.jpg"
+    # 60 letters of two bytes, the stroke, and as many whole letters as 200 bytes take
+    assert {name[:-13] for name in names[1:]} == {"ü" * 60 + "_" + "ü" * 39}
+    assert all(re.fullmatch("_[0-9a-f]{8}.jpg", name[-13:]) for name in names[1:])
+
+
 # --- faces in photos -----------------------------------------------------------------------------
 
 
