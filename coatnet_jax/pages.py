@@ -284,13 +284,14 @@ def _picture(path: Path) -> tuple[str, bytes, int, int]:
 # --- rows of results -----------------------------------------------------------------------------
 
 
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows with the same keys as CSV with a header."""
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], *, more: bool = False) -> Path:
+    """Write rows with the same keys as CSV with a header; `more` adds them to those in the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("a" if more else "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
+        if not more:
+            writer.writeheader()
         writer.writerows(rows)
     return path
 

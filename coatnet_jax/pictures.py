@@ -184,11 +184,10 @@ def contact_sheet(
     return save_image(path, sheet)
 
 
-def save_image(path: str | Path, image: UInt8[np.ndarray, "h w 3"]) -> Path:
-    """Write an RGB picture; the ending of the name says the format."""
+def save_image(path: str | Path, image: UInt8[np.ndarray, "h w 3"], *, comment: str = "") -> Path:
+    """Write an RGB picture; the ending of the name says the format, `comment` is for a JPEG."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(
-        path, **({"quality": 92} if path.suffix in (".jpg", ".jpeg") else {})
-    )
+    options = {"quality": 92, "comment": comment} if path.suffix in (".jpg", ".jpeg") else {}
+    Image.fromarray(image).save(path, **options)
     return path

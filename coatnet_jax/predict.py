@@ -4,8 +4,9 @@ With a detector every face of a photo is cut out like the crops that the model w
 gets a row. Without one each picture is taken as it is, its centre square: it should be such a crop.
 """
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ UNSUPPORTED = {".heic", ".heif", ".avif", ".gif"}
 RUN_FILES = ("config.json", "run.json", "checkpoints", *FILES)  # what tells the folder of a run
 SHAPES = (1, 8, 32)  # sizes of a batch
 ON_SHEET = 24
+PART = "predictions.csv.part"  # the table while it grows
+DRAWN = "drawn by coatnet-jax predict"  # a comment in annotated pictures, to know them by
+LONGEST_NAME = 200  # bytes of the name of an annotated picture; most file systems take 255
 CROP_SIDE = 400  # px; a square picture up to this may be a face crop in which no face is found
 ENLARGED = 2.0  # a face is noted as small when its crop is enlarged by more than this
 
@@ -93,9 +97,10 @@ def run(
     """Predict the ages of the faces in image files and in the images of folders; a row for each.
 
     `find` gives the faces of a photo (`face_crops.Detector()`); None takes every picture whole.
-    Prints a table and writes predictions.csv under `out` (default ./predictions); with `annotate`
-    also annotated/*.jpg and predictions.png, a sheet of the first 24. What cannot be read or shows
-    no face is listed with the reason, in skipped.csv too. `programs` is as in `inference.Run`.
+    Prints a table and writes predictions.csv under `out` (default ./predictions), in place of what
+    an earlier run wrote there; with `annotate` also annotated/*.jpg and predictions.png, a sheet of
+    the first 24. What cannot be read or shows no face is listed with the reason, in skipped.csv
+    too. Until it is whole the table is predictions.csv.part. `programs` is as in `inference.Run`.
     Raises FileNotFoundError for a path that does not exist, ValueError when there is no row or the
     run has no age head.
     """
@@ -109,17 +114,27 @@ def run(
             f"{run_dir} is a {model.stage} run without an age head; predict with a finetune run"
         )
     constants = read_constants(Path(run_dir), step=model.step)
-    rows, skipped = predict_files(
-        model, paths, find=find, batch_size=batch_size, constants=constants
-    )
+    clear(out, keep=paths)
+    part = out / PART
+
+    def write(new: Sequence[Mapping[str, Any]]) -> None:
+        plain = [{key: row[key] for key in row if key != "look"} for row in new]
+        write_csv(part, plain, more=part.exists())
+
+    try:
+        rows, skipped = predict_files(
+            model, paths, find=find, batch_size=batch_size, constants=constants, write=write
+        )
+    except BaseException:
+        if part.exists():
+            print(f"not finished: the ages so far are in {part}")
+        raise
     if not rows:
         wanted = "shows a face that can be used" if find else "is a readable image"
         raise ValueError(f"none of {len(paths)} files {wanted}; {_reason(skipped)}")
-    write_csv(out / "predictions.csv", [{k: row[k] for k in row if k != "look"} for row in rows])
+    part.replace(out / "predictions.csv")
     if skipped:
         write_csv(out / "skipped.csv", skipped)
-    elif (out / "skipped.csv").exists():
-        (out / "skipped.csv").unlink()  # of an earlier run into the same folder
     print(table(rows, skipped))
     if not constants:
         print(
@@ -197,6 +212,25 @@ def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     return read_photo(data)
 
 
+def clear(out: Path, *, keep: Sequence[Path] = ()) -> None:
+    """Remove what an earlier run wrote under `out`, but for the files to `keep`: the results of two
+    runs would be taken for one's. Of annotated/ only pictures that predict has drawn."""
+    written = [out / name for name in ("predictions.csv", PART, "skipped.csv", "predictions.png")]
+    written += [path for path in (out / "annotated").glob("*.jpg") if _is_drawn(path)]
+    kept = {path.resolve() for path in keep}
+    for path in written:
+        if path.resolve() not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _is_drawn(path: Path) -> bool:
+    """Whether the JPEG begins with our comment."""
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        return False
+    with path.open("rb") as file:
+        return DRAWN.encode() in file.read(256)
+
+
 # --- faces ---------------------------------------------------------------------------------------
 
 
@@ -256,8 +290,10 @@ def predict_files(
     find: Find | None = None,
     batch_size: int = 32,
     constants: Mapping[str, Any] | None = None,
+    write: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """(rows as in `prediction_row`, skipped as {'file', 'reason'}), a batch at a time."""
+    """(rows as in `prediction_row`, skipped as {'file', 'reason'}), a batch at a time; `write` is
+    given the rows of each."""
     rows, skipped = [], []
     waiting: list[tuple[Look, np.ndarray]] = []
 
@@ -266,7 +302,9 @@ def predict_files(
             p = model.probabilities(np.stack([crop for _, crop in batch]))
             options = {"decode": model.decode, "constants": constants}
             named = zip(batch, p, strict=True)
-            rows.extend(prediction_row(look, q, **options) for (look, _), q in named)
+            new = [prediction_row(look, q, **options) for (look, _), q in named]
+            write(new)
+            rows.extend(new)
             del waiting[:count]
 
     count = Count("read", len(paths), "files")
@@ -376,7 +414,7 @@ def write_pictures(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     by_file: dict[Path, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_file.setdefault(row["look"].path, []).append(row)
-    tiles = []
+    tiles, count = [], Count("drew", len(by_file), "pictures")
     for (path, found), name in zip(by_file.items(), _names(list(by_file)), strict=True):
         image = read_photo(path)
         if found[0]["look"].geometry:
@@ -384,10 +422,11 @@ def write_pictures(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         else:
             side = int(np.clip(min(image.shape[:2]), 256, 640))
             picture = _annotated(centre_square(image, side), found[0])
-        pictures.save_image(out / "annotated" / f"{name}.jpg", picture)
+        pictures.save_image(out / "annotated" / f"{name}.jpg", picture, comment=DRAWN)
         for row in found[: ON_SHEET - len(tiles)]:
             number = f" ({row['face']} of {row['faces']})" if row["faces"] > 1 else ""
             tiles.append(_annotated(row["look"].crop(image, 256), row, path.name + number))
+        count()
     pictures.contact_sheet(out / "predictions.png", tiles)
 
 
@@ -414,10 +453,20 @@ def _names(paths: Sequence[Path]) -> list[str]:
     """A name for each annotated picture: the path below the folder all share, made one word."""
     base = os.path.commonpath([path.resolve().parent for path in paths])
     names: list[str] = []
+    taken: set[str] = set()
     for path in paths:
         name = "_".join(path.resolve().relative_to(base).parts).removesuffix(path.suffix)
         # a.jpg and a.png, or folder/a.jpg and folder_a.jpg, must not overwrite each other
-        while name.lower() in {taken.lower() for taken in names}:
-            name += path.suffix.replace(".", "_")
-        names.append(name)
+        while (short := _short(name)).lower() in taken:
+            name += path.suffix.replace(".", "_") or "_"
+        taken.add(short.lower())
+        names.append(short)
     return names
+
+
+def _short(name: str) -> str:
+    """The name, of a long one the beginning and a hash that tells it from others."""
+    data = os.fsencode(name)
+    if len(data) <= LONGEST_NAME:
+        return name
+    return f"{data[:LONGEST_NAME].decode(errors='ignore')}_{hashlib.sha256(data).hexdigest()[:8]}"

@@ -77,6 +77,14 @@ def test_many_pictures_show_how_far_it_is(run, tmp_path, monkeypatch, capsys):
     assert printed == list("1234")
 
 
+def test_pictures_that_are_drawn_are_counted_too(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0)
+    for name in ("a", "b", "c"):
+        picture(tmp_path / "in" / f"{name}.png")
+    predict.run("run", [tmp_path / "in"], out=tmp_path / "out")
+    assert re.findall(r"drew (\d) of 3 pictures", capsys.readouterr().out) == list("123")
+
+
 def test_row_is_decoded_as_the_run_says(tmp_path):
     p = np.zeros(117)
     p[[10, 20, 60]] = 0.4, 0.35, 0.25
@@ -272,6 +280,78 @@ def test_equal_names_do_not_overwrite_each_other(run, tmp_path):
         picture(tmp_path / name)
     rows = predict.run("run", [tmp_path], out=tmp_path / "out")
     assert len(list((tmp_path / "out/annotated").iterdir())) == len(rows) == 5
+
+
+def test_a_name_is_compared_once_however_many_there_are(tmp_path, monkeypatch):
+    calls = []
+
+    class Name(str):
+        def lower(self):
+            calls.append(self)
+            return str.lower(self)
+
+    monkeypatch.setattr(predict, "_short", Name)
+    paths = [tmp_path / f"{i}.jpg" for i in range(200)]
+    assert predict._names(paths) == [path.stem for path in paths]
+    assert len(calls) <= 2 * len(paths)
+
+
+def test_names_without_an_ending_do_not_overwrite_each_other(tmp_path):
+    assert predict._names([tmp_path / "x/a", tmp_path / "x_a"]) == ["x_a", "x_a_"]
+
+
+def test_names_of_deep_folders_fit_the_file_system(run, tmp_path):
+    deep = tmp_path / "/".join(["in", *("ü" * 60 for _ in range(4))])
+    found = [picture(deep / f"{name}.png") for name in "abc"] + [picture(tmp_path / "in/d.png")]
+    rows = predict.run("run", [tmp_path / "in"], out=tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out/annotated").iterdir())
+    assert len(names) == len(rows) == len(found) and names[0] == "d.jpg"
+    # 60 letters of two bytes, the stroke, and as many whole letters as 200 bytes take
+    assert {name[:-13] for name in names[1:]} == {"ü" * 60 + "_" + "ü" * 39}
+    assert all(re.fullmatch("_[0-9a-f]{8}.jpg", name[-13:]) for name in names[1:])
+
+
+# --- several runs --------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_keeps_its_rows_as_a_part(run, tmp_path, monkeypatch, capsys):
+    paths = [picture(tmp_path / f"in/{i}.png", colour=(20 * i, 0, 0)) for i in range(5)]
+    rows = predict.run("run", paths, out=tmp_path / "out", batch_size=2)
+    whole = (tmp_path / "out/predictions.csv").read_text().splitlines()
+    assert len(whole) == 1 + len(rows) and not (tmp_path / "out" / predict.PART).exists()
+    answer, batches = run.probabilities, []
+
+    def interrupt(images, **options):
+        batches.append(len(images))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return answer(images, **options)
+
+    run.probabilities = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        predict.run("run", paths, out=tmp_path / "out", batch_size=2)
+    part = tmp_path / "out/predictions.csv.part"
+    assert part.read_text().splitlines() == whole[:5]  # the header and two batches of two
+    assert f"not finished: the ages so far are in {part}\n" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == [part.name]
+
+
+def test_a_run_clears_away_what_another_wrote_and_nothing_else(run, tmp_path):
+    out, annotated = tmp_path / "out", tmp_path / "out/annotated"
+    a, b, c = (picture(tmp_path / f"in/{name}.jpg") for name in "abc")
+    predict.run("run", [a, b], out=out)
+    own = [picture(annotated / "mine.jpg"), picture(annotated / "a.png"), annotated / "x.jpg"]
+    own[2].mkdir()
+    predict.run("run", [c, annotated / "a.jpg"], out=out)  # b.jpg goes, an input stays
+    assert set(annotated.iterdir()) == {*own, annotated / "a.jpg"} | {
+        annotated / f"{name}.jpg" for name in predict._names([c, annotated / "a.jpg"])
+    }
+    assert own[0].read_bytes() == a.read_bytes()
+    (tmp_path / "bad.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match="none of 1 files"):
+        predict.run("run", [tmp_path / "bad.jpg"], out=out)
+    assert [path.name for path in out.iterdir()] == ["annotated"]
+    assert set(annotated.iterdir()) == set(own)
 
 
 # --- faces in photos -----------------------------------------------------------------------------
