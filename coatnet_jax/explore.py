@@ -49,8 +49,10 @@ def run(folder: str | Path, *, out: str | Path | None = None) -> Path:
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} lies within the prepared data {folder}: choose another --out")
     started = time.monotonic()
+    build = build_id(folder)
     table = {name: np.array(column) for name, column in read_labels(folder).items()}
-    faces = Faces(folder, "all", table, np.arange(len(table["file"])), fingerprint="")
+    rows = np.arange(len(table["file"]))
+    faces = Faces(folder, "all", table, rows, fingerprint="", build=build)
     table["sharpness"] = measure_sharpness(faces)
     splits = split_columns(folder, table)
     copies = members(copy_groups(table["pixel_hash"], table["perceptual_hash"]))
