@@ -169,7 +169,7 @@ def sample_blocks(faces: Faces, figures: Path) -> list[dict[str, Any]]:
         found = np.flatnonzero((age >= low) & (age <= high))
         if len(found):
             picked = rng.permutation(found)[:SAMPLES]
-            rows.append((f"{low}–{high}\n{len(found):,}", _pictures(faces, picked)))
+            rows.append((f"{low}–{high}\n{len(found):,}", _pictures(faces, picked, draw.SAMPLE)))
     caption = "Pictures picked at random from each band of age (years, and pictures in the band)"
     return [_figure(draw.sample_sheet(figures / "samples.png", rows), caption)]
 
@@ -391,10 +391,17 @@ def _sheet(faces: Faces, rows: Sequence[int], texts: Sequence[str], path: Path) 
     return draw.captioned_sheet(path, tiles)
 
 
-def _pictures(faces: Faces, rows: Sequence[int]) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """Decoded pictures; a grey square for one that cannot be."""
-    found = [decode_rgb(data) for data in faces.read_images(rows)]
-    return [np.full((64, 64, 3), 180, np.uint8) if p is None else p for p in found]
+def _pictures(
+    faces: Faces, rows: Sequence[int], side: int = draw.TILE
+) -> list[UInt8[np.ndarray, "s s 3"]]:
+    """Decoded pictures as squares of `side` px; a grey one for what cannot be decoded.
+
+    Each is shrunk before the next is read: as they are, dozens of photos do not fit the memory.
+    """
+    found = (decode_rgb(faces.read_images([row])[0]) for row in rows)
+    return [
+        draw.square(np.full((64, 64, 3), 180, np.uint8) if p is None else p, side) for p in found
+    ]
 
 
 def _labels_of(labels: Table, row: int) -> str:

@@ -37,6 +37,7 @@ from coatnet_jax.plots import BLUES, STYLE, save_figure
 SPLIT_COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 OTHER_COLOURS = (PINK, SKY, GREY)
 TILE = 148  # px of a picture on a sheet
+SAMPLE = 92  # px of one on the sheet of samples
 GAP = 10
 
 
@@ -263,10 +264,10 @@ def _with_unknown(values, names, colours) -> list[tuple[int, str, str]]:
 
 
 def sample_sheet(
-    path: str | Path, rows: Sequence[tuple[str, Sequence[UInt8[np.ndarray, "h w 3"]]]]
+    path: str | Path, rows: Sequence[tuple[str, Sequence[UInt8[np.ndarray, "s s 3"]]]]
 ) -> Path:
-    """Rows of pictures, each row with its name at the left."""
-    margin, side = 118, 92
+    """Rows of pictures, squares of SAMPLE px, each row with its name at the left."""
+    margin, side = 118, SAMPLE
     most = max(8, *(len(tiles) for _, tiles in rows))
     width = margin + most * (side + GAP)
     sheet = Image.new("RGB", (width, GAP + len(rows) * (side + GAP)), "white")
@@ -277,14 +278,14 @@ def sample_sheet(
         draw.text((GAP, y + side / 2 - 11), first, font=label_font(17, True), fill=INK, anchor="lm")
         draw.text((GAP, y + side / 2 + 12), second, font=label_font(14), fill=MUTED, anchor="lm")
         for place, tile in enumerate(tiles):
-            sheet.paste(_square(tile, side), (margin + place * (side + GAP), y))
+            sheet.paste(Image.fromarray(tile), (margin + place * (side + GAP), y))
     return save_image(path, np.asarray(sheet))
 
 
 def captioned_sheet(
-    path: str | Path, tiles: Sequence[tuple[UInt8[np.ndarray, "h w 3"], Sequence[str]]]
+    path: str | Path, tiles: Sequence[tuple[UInt8[np.ndarray, "s s 3"], Sequence[str]]]
 ) -> Path:
-    """Pictures, six in a line, each with its lines of text below."""
+    """Pictures, squares of TILE px, six in a line, each with its lines of text below."""
     columns, step = 6, 21
     width = GAP + columns * (TILE + GAP)
     lines = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
@@ -295,7 +296,7 @@ def captioned_sheet(
     for line, height in zip(lines, heights, strict=True):
         for place, (tile, texts) in enumerate(line):
             x = GAP + place * (TILE + GAP)
-            sheet.paste(_square(tile, TILE), (x, y))
+            sheet.paste(Image.fromarray(tile), (x, y))
             for k, text in enumerate(texts):
                 place_y = y + TILE + 4 + (k + 0.5) * step
                 text = shortened(text, font, TILE)
@@ -304,10 +305,11 @@ def captioned_sheet(
     return save_image(path, np.asarray(sheet))
 
 
-def _square(tile: UInt8[np.ndarray, "h w 3"], side: int) -> Image.Image:
+def square(tile: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "s s 3"]:
     """The picture's centre square; small ones are enlarged by whole pixels, to be seen as such."""
     h, w, _ = tile.shape
     short = min(h, w)
     top, left = (h - short) // 2, (w - short) // 2
     how = Image.Resampling.NEAREST if 2 * short <= side else Image.Resampling.LANCZOS
-    return Image.fromarray(tile[top : top + short, left : left + short]).resize((side, side), how)
+    centre = Image.fromarray(tile[top : top + short, left : left + short])
+    return np.asarray(centre.resize((side, side), how))

@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 
 from coatnet_jax import pictures
 from coatnet_jax.ages import CLASS_NAMES, age_class, class_probabilities, get_decoder
+from coatnet_jax.config import read_config
 from coatnet_jax.conformal import conformal_interval, posterior_interval, read_constants
 from coatnet_jax.inference import Run, load_run
 from coatnet_jax.pages import write_csv
@@ -40,7 +41,7 @@ from input_pipeline.progress import Count
 ENDINGS = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif"}
 # Looked for in folders too, so that they are named as unreadable instead of passed over.
 UNSUPPORTED = {".heic", ".heif", ".avif", ".gif"}
-RUN_FILES = ("config.json", "run.json", "checkpoints", *FILES)  # what tells the folder of a run
+RUN_FILES = ("run.json", "checkpoints", *FILES)  # what tells the folder of a run
 SHAPES = (1, 8, 32)  # sizes of a batch
 ON_SHEET = 24
 PART = "predictions.csv.part"  # the table while it grows
@@ -77,9 +78,18 @@ def split_run(paths: Sequence[str | Path]) -> tuple[Path | None, list[str | Path
     """(folder of the run, pictures) of what the command line names: the first is a run if it holds
     a file of one, be others missing, else none is named."""
     first = Path(paths[0]).expanduser()
-    if any((first / name).exists() for name in RUN_FILES):
+    if any((first / name).exists() for name in RUN_FILES) or _has_config(first):
         return first, list(paths[1:])
     return None, list(paths)
+
+
+def _has_config(folder: Path) -> bool:
+    """Whether a run's config lies there: other programs call theirs config.json too."""
+    try:
+        read_config(folder / "config.json")
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def run(

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from coatnet_jax import explore
 from coatnet_jax.ages import CLASS_NAMES, age_class
 from coatnet_jax.main import main
+from input_pipeline.pipeline import Faces
 from input_pipeline.prepare import prepare, read_labels
 
 
@@ -124,6 +126,25 @@ def test_copies_that_disagree_are_shown_with_their_labels(tmp_path):
     labels = {key: np.array(column) for key, column in read_labels(folder).items()}
     pair = np.flatnonzero(np.isin(labels["age"], [20, 61]))
     assert sorted(explore._copy_texts(labels, pair)) == ["20 y m White", "61 y f Asian"]
+
+
+def test_large_photos_are_held_one_at_a_time(tmp_path):
+    faces = {f"3{i}___2017011{i}123456789.png": (i, 1200) for i in range(8)}
+    one = 1202 * 1200 * 3  # bytes, decoded
+    folder = write_set(tmp_path, faces)
+    table = {name: np.array(column) for name, column in read_labels(folder).items()}
+    faces = Faces(folder, "all", table, np.arange(8), fingerprint="")
+    faces.read_images([0])  # opens the records
+    texts = [str(i) for i in range(8)]
+    for draw in (
+        lambda: explore.sample_blocks(faces, tmp_path),
+        lambda: explore._sheet(faces, range(8), texts, tmp_path / "sheet.png"),
+    ):
+        tracemalloc.start()
+        draw()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert one < peak < 4 * one
 
 
 def test_where_nothing_was_prepared_one_line_says_so(drawn_root, tmp_path, capsys):

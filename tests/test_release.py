@@ -439,10 +439,17 @@ def test_the_packaged_models_are_small_and_answer(small, tmp_path, monkeypatch, 
 def test_a_run_is_told_from_pictures(run_dir, tmp_path, capsys):
     photo = tmp_path / "a.jpg"
     assert predict.split_run([run_dir, photo]) == (run_dir, [photo])
-    (run_dir / "config.json").unlink()  # it stays a run, though a damaged one
+    config = (run_dir / "config.json").rename(
+        tmp_path / "kept.json"
+    )  # it stays a run, though a damaged one
     assert predict.split_run([run_dir, photo]) == (run_dir, [photo])
     assert predict.split_run([photo]) == (None, [photo])
     assert predict.split_run([tmp_path, photo]) == (None, [tmp_path, photo])
+    for other in ('{"model_type": "vit"}', "[1]", "no JSON"):  # of another program
+        (tmp_path / "config.json").write_text(other)
+        assert predict.split_run([tmp_path, photo]) == (None, [tmp_path, photo])
+    config.rename(tmp_path / "config.json")  # all that is left of a run
+    assert predict.split_run([tmp_path, photo]) == (tmp_path, [photo])
     for command in (["predict", str(run_dir), "a.jpg", "--no-detect"], ["evaluate", str(run_dir)]):
         with pytest.raises(SystemExit) as end:
             main([*command, "--small"])
