@@ -22,7 +22,7 @@ from input_pipeline.groups import copy_groups, members
 from input_pipeline.images import decode_rgb
 from input_pipeline.pipeline import Faces
 from input_pipeline.prepare import read_labels
-from input_pipeline.prepared import read_account
+from input_pipeline.prepared import build_id, read_account
 from input_pipeline.progress import Count, duration
 from input_pipeline.splits import match_splits, read_splits
 
@@ -49,8 +49,10 @@ def run(folder: str | Path, *, out: str | Path | None = None) -> Path:
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} lies within the prepared data {folder}: choose another --out")
     started = time.monotonic()
+    build = build_id(folder)
     table = {name: np.array(column) for name, column in read_labels(folder).items()}
-    faces = Faces(folder, "all", table, np.arange(len(table["file"])), fingerprint="")
+    rows = np.arange(len(table["file"]))
+    faces = Faces(folder, "all", table, rows, fingerprint="", build=build)
     table["sharpness"] = measure_sharpness(faces)
     splits = split_columns(folder, table)
     copies = members(copy_groups(table["pixel_hash"], table["perceptual_hash"]))

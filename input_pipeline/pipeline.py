@@ -26,7 +26,7 @@ from tensorflow_datasets.proto import tf_example_generated_pb2
 
 from input_pipeline.errors import first_line
 from input_pipeline.images import decode_image, decode_into
-from input_pipeline.prepared import read_labels, read_transform_id, records_folder
+from input_pipeline.prepared import build_id, read_labels, read_transform_id, records_folder
 from input_pipeline.splits import FRACTIONS, fingerprint, match_splits, read_splits
 
 __all__ = ["Faces", "decode_image", "decode_once", "eval_loader", "open_split", "train_loader"]
@@ -37,6 +37,10 @@ _CHUNK = 256  # images that a thread decodes at a time
 _FILES_BYTES = 1 << 30  # data sets up to this size are held in memory, as files
 
 
+class _PreparedAgain(ValueError):
+    """The records are not those that the labels were read from."""
+
+
 @dataclass(frozen=True, eq=False)
 class Faces:
     """One split, or several joined, of a prepared folder, with random access.
@@ -45,7 +49,8 @@ class Faces:
     where all ages of a photo's copies are to count (`label_noise.settle_conflicts`). records
     int64 [n]: the record of each row. fingerprint: of the whole split file. pixels: uint8
     [n, size, size, 3] where `decode_once` has kept them, or None. files: the image file of each
-    row, where they are held.
+    row, where they are held. build: `prepared.build_id` of what the labels were read from; the
+    records of another are refused.
     """
 
     folder: Path
@@ -55,6 +60,7 @@ class Faces:
     fingerprint: str
     pixels: np.ndarray | None = None
     files: list[memoryview] | None = None
+    build: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -81,6 +87,8 @@ class Faces:
             return [self.files[i] for i in rows]
         try:
             found = self._source.__getitems__([int(self.records[i]) for i in rows])
+        except _PreparedAgain:
+            raise
         except Exception as error:  # the readers raise many kinds for damaged files
             raise ValueError(
                 f"the records of {self.folder} cannot be read ({first_line(error)}): prepare the "
@@ -94,7 +102,17 @@ class Faces:
     def _source(self):
         builder = tfds.builder_from_directory(records_folder(self.folder))
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        return builder.as_data_source(split="faces", deserialize_method=raw)
+        source = builder.as_data_source(split="faces", deserialize_method=raw)
+        # They are opened long after the labels were read, maybe in another process, and each file
+        # of them only when it is read: all are now, and what is open stays as it is.
+        lengths = builder.info.splits["faces"].shard_lengths
+        source.__getitems__(list(itertools.accumulate(lengths[:-1], initial=0)))
+        if self.build not in ("", build_id(self.folder)):
+            raise _PreparedAgain(
+                f"{self.folder} was prepared again after its labels were read, the pictures are "
+                "others now: start the command again"
+            )
+        return source
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files do not travel to worker processes, which open their own."""
@@ -110,7 +128,7 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
     the folder, the split file or the split is unknown, or the split is empty.
     """
     folder = Path(folder)
-    table = read_labels(folder)
+    build, table = build_id(folder), read_labels(folder)
     path = _split_file(folder, splits)
     where = read_splits(path)
     found, counts = match_splits(table["file"], table["pixel_hash"], where)
@@ -143,6 +161,7 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
             names,
             transform_id=read_transform_id(folder),
         ),
+        build=build,
     )
 
 

@@ -1,6 +1,7 @@
 """What a prepared folder holds, read back."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,7 @@ def read_labels(folder: str | Path) -> dict[str, list]:
 
     Raises FileNotFoundError when the folder was not prepared, ValueError when by another version.
     """
-    path = Path(folder) / "labels.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no prepared data ({path.name}): prepare it first")
+    path = _labels_file(folder)
     try:
         with path.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
@@ -37,6 +36,12 @@ def read_labels(folder: str | Path) -> dict[str, list]:
         ) from None
 
 
+def build_id(folder: str | Path) -> str:
+    """Returns a digest of labels.csv, which tells what is in which record of a prepared folder."""
+    with _labels_file(folder).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_transform_id(folder: str | Path) -> str:
     """Returns what was done to the pictures of a prepared folder ('' for nothing)."""
     return read_account(folder).get("transform_id", "")
@@ -49,6 +54,13 @@ def read_account(folder: str | Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): prepare the data again") from None
+
+
+def _labels_file(folder: str | Path) -> Path:
+    path = Path(folder) / "labels.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no prepared data ({path.name}): prepare it first")
+    return path
 
 
 def records_folder(folder: str | Path) -> Path:

@@ -1,5 +1,6 @@
 """The batch stream: complete, reshuffled, the same for any workers and processes, and resumable."""
 
+import pickle
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -8,8 +9,10 @@ import cv2
 import grain
 import numpy as np
 import pytest
+from tensorflow_datasets.core.utils.shard_utils import ShardConfig
 
 from input_pipeline import pipeline
+from input_pipeline.images import decode_checked, pixel_hash
 from input_pipeline.pipeline import (
     Faces,
     decode_image,
@@ -378,6 +381,34 @@ def test_damaged_records_ask_to_prepare_again(folder, tmp_path):
     faces = open_split(damaged, "train")
     with pytest.raises(ValueError, match="records of .*utkface cannot be read .*prepare the data"):
         faces.read_images(range(len(faces)))
+
+
+def test_records_of_another_build_than_the_labels_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ShardConfig, "get_number_shards", lambda *_: 3)
+    rng = np.random.default_rng(1)
+
+    def build(n):
+        for i in range(n):
+            path = tmp_path / "in" / f"{20 + i}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), rng.integers(0, 256, (24, 24, 3), np.uint8))
+        prepare(tmp_path / "in", tmp_path, name="own", progress=None)
+        return open_split(tmp_path / "own", "train")
+
+    before = build(12)
+    read, sent = replace(before), pickle.dumps(before)
+    first = read.read_images([0])
+    after = build(12)
+    assert len(list((tmp_path / "own").rglob("*.array_record*"))) == 3
+    for late in (before, pickle.loads(sent)):
+        with pytest.raises(ValueError, match="own was prepared again .* start the command again"):
+            late.read_images([0])
+    # What was open is read to its end, every file of it, for its pixels are those of its labels.
+    for faces, images in ((read, first), (after, after.read_images([0]))):
+        images = images + faces.read_images(range(1, len(faces)))
+        hashes = [pixel_hash(decode_checked(image)) for image in images]
+        assert hashes == faces.labels["pixel_hash"].tolist()
+    assert not {*read.labels["pixel_hash"]} & {*after.labels["pixel_hash"]}
 
 
 @pytest.mark.parametrize(
