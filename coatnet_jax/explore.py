@@ -22,7 +22,7 @@ from input_pipeline.groups import copy_groups, members
 from input_pipeline.images import decode_rgb
 from input_pipeline.pipeline import Faces
 from input_pipeline.prepare import read_labels
-from input_pipeline.prepared import read_account
+from input_pipeline.prepared import build_id, read_account
 from input_pipeline.progress import Count, duration
 from input_pipeline.splits import match_splits, read_splits
 
