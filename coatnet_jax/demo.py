@@ -48,7 +48,8 @@ def run(data: list[str] | None, workdir: Path, *, root: str = "", tiny: bool = F
     evaluate.run(workdir / "finetune", folder)
     _say("7/7 ages for single pictures")
     samples = _write_samples(folder, workdir / "samples")
-    predict.run(workdir / "finetune", [str(samples)], out=workdir / "predictions")
+    out = workdir / "predictions"
+    predict.run(workdir / "finetune", list(samples), out=out, true_ages=samples)
     page = report.run_report(workdir)
     _say(f"done in {duration(time.monotonic() - started)}: open {page}")
     return page
@@ -65,18 +66,23 @@ def _finish(finished: bool) -> None:
         raise KeyboardInterrupt
 
 
-def _write_samples(folder: Path, out: Path, count: int = 12) -> Path:
-    """A few test pictures as files, named by their true age, to predict as one's own photos."""
+def _write_samples(folder: Path, out: Path, count: int = 12) -> dict[Path, int]:
+    """A few test pictures as files, from young to old, to predict as one's own photos: {file: its
+    true age}, which its name says too."""
     faces = open_split(folder, "test")
     order = sorted(range(len(faces)), key=lambda i: int(faces.labels["age"][i]))
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.jpg"):
         old.unlink()
-    for k in range(min(count, len(faces))):
+    written = {}
+    count = min(count, len(faces))
+    for k in range(count):
         row = order[k * (len(faces) - 1) // max(1, count - 1)]
-        name = f"true_age_{int(faces.labels['age'][row]):03d}_{k:02d}.jpg"
-        (out / name).write_bytes(faces[row]["image"])
-    return out
+        age = int(faces.labels["age"][row])
+        path = out / f"true_age_{age:03d}_{k:02d}.jpg"
+        path.write_bytes(faces[row]["image"])
+        written[path] = age
+    return written
 
 
 def _say(text: str) -> None:

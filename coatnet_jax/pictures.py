@@ -23,34 +23,38 @@ def annotated(
     probabilities: Sequence[float],
     chosen: int,
     caption: str = "",
+    true_age: int | None = None,
 ) -> UInt8[np.ndarray, "h s 3"]:
     """The picture with a band below: age and interval in years, and the four class probabilities.
 
     Sizes follow the picture's width; `chosen` is the class that is set in bold, `caption` (a file
-    name) is cut to one line below all.
+    name) is cut to one line below all. Where the true age is known it stands before the predicted
+    one, and the interval takes the caption's place: the picture is as high as with a caption.
     """
     side = image.shape[1]
     unit = side / 256
     rows = len(CLASS_NAMES)
     top, line = round(38 * unit), round(19 * unit)
-    band = top + rows * line + round((26 if caption else 8) * unit)
+    told = true_age is not None
+    band = top + rows * line + round((26 if caption or told else 8) * unit)
     sheet = Image.new("RGB", (side, image.shape[0] + band), "white")
     sheet.paste(Image.fromarray(image), (0, 0))
     draw = ImageDraw.Draw(sheet)
     left, y = 10 * unit, image.shape[0]
+    years = math.floor(age + 0.5)
     draw.text(
         (left, y + 20 * unit),
-        f"{math.floor(age + 0.5)} years",
-        font=label_font(20 * unit, True),
+        f"true {true_age}, predicted {years}" if told else f"{years} years",
+        font=label_font((18 if told else 20) * unit, True),
         fill=INK,
         anchor="lm",
     )
     draw.text(
-        (side - left, y + 21 * unit),
+        (left, y + band - 14 * unit) if told else (side - left, y + 21 * unit),
         f"90 %: {low:.0f}–{high:.0f}",
         font=label_font(13 * unit),
         fill=MUTED,
-        anchor="rm",
+        anchor="lm" if told else "rm",
     )
     for row, (name, p) in enumerate(zip(CLASS_NAMES, probabilities, strict=True)):
         middle = y + top + (row + 0.5) * line
@@ -65,7 +69,7 @@ def annotated(
             colour=CLASS_COLOURS[row],
             bold=row == chosen,
         )
-    if caption:
+    if caption and not told:
         font = label_font(11 * unit)
         draw.text(
             (left, y + band - 13 * unit),

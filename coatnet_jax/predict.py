@@ -103,6 +103,7 @@ def run(
     which: str = "best",
     batch_size: int = 32,
     programs: Path | None = None,
+    true_ages: Mapping[Path, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Predict the ages of the faces in image files and in the images of folders; a row for each.
 
@@ -111,6 +112,7 @@ def run(
     an earlier run wrote there; with `annotate` also annotated/*.jpg and predictions.png, a sheet of
     the first 24. What cannot be read or shows no face is listed with the reason, in skipped.csv
     too. Until it is whole the table is predictions.csv.part. `programs` is as in `inference.Run`.
+    `true_ages` of files whose age is known are written on the sheet.
     Raises FileNotFoundError for a path that does not exist, ValueError when there is no row or the
     run has no age head.
     """
@@ -155,7 +157,7 @@ def run(
         no_doubt = "is about as wide for every face" if constants else "measures no doubt"
         print(f"trained to give one age, not a distribution: the 90 % interval {no_doubt}")
     if annotate:
-        write_pictures(out, rows)
+        write_pictures(out, rows, true_ages or {})
     also = ", predictions.png and annotated/" if annotate else ""
     images = len({row["file"] for row in rows})
     faces = f"{len(rows)} faces in " if find else ""
@@ -416,10 +418,13 @@ def _reason(skipped: Sequence[Mapping[str, str]]) -> str:
 # --- pictures ------------------------------------------------------------------------------------
 
 
-def write_pictures(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_pictures(
+    out: Path, rows: Sequence[Mapping[str, Any]], true_ages: Mapping[Path, int]
+) -> None:
     """Write out/annotated/<name>.jpg for every file and out/predictions.png for the first 24 rows.
 
-    A picture that was taken whole gets a band below it; a photo gets a box around each face.
+    On the sheet the files of `true_ages` have theirs beside the predicted one. A picture that was
+    taken whole gets a band below it; a photo gets a box around each face.
     """
     by_file: dict[Path, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -435,7 +440,8 @@ def write_pictures(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         pictures.save_image(out / "annotated" / f"{name}.jpg", picture, comment=DRAWN)
         for row in found[: ON_SHEET - len(tiles)]:
             number = f" ({row['face']} of {row['faces']})" if row["faces"] > 1 else ""
-            tiles.append(_annotated(row["look"].crop(image, 256), row, path.name + number))
+            options = {"caption": path.name + number, "true_age": true_ages.get(path)}
+            tiles.append(_annotated(row["look"].crop(image, 256), row, **options))
         count()
     pictures.contact_sheet(out / "predictions.png", tiles)
 
@@ -447,7 +453,7 @@ def _box(row: Mapping[str, Any]) -> tuple[np.ndarray, str, int]:
     return row["look"].face.box, number + text, CLASS_NAMES.index(row["class"])
 
 
-def _annotated(image: UInt8[np.ndarray, "s s 3"], row: Mapping[str, Any], caption: str = ""):
+def _annotated(image: UInt8[np.ndarray, "s s 3"], row: Mapping[str, Any], **options):
     return pictures.annotated(
         image,
         age=row["age"],
@@ -455,7 +461,7 @@ def _annotated(image: UInt8[np.ndarray, "s s 3"], row: Mapping[str, Any], captio
         high=row["high"],
         probabilities=[row[f"p_{name}"] for name in CLASS_NAMES],
         chosen=CLASS_NAMES.index(row["class"]),
-        caption=caption,
+        **options,
     )
 
 

@@ -226,8 +226,8 @@ def prediction_blocks(folder: Path) -> list[dict[str, Any]]:
     if not (folder / "predictions.png").is_file():
         return []
     text = (
-        "The large figure is the median of the predicted distribution, beside it the interval that "
-        "holds 90 % of it; the bars are the probabilities of the four age classes."
+        "The predicted age is the median of the predicted distribution; 90 % of the distribution "
+        "lie in the interval, and the bars are the probabilities of the four age classes."
     )
     caption = "The first pictures of `predictions.csv`"
     return [{"text": text}, {"figure": folder / "predictions.png", "caption": caption}]

@@ -125,6 +125,23 @@ def test_run_writes_a_row_and_pictures_for_each_image(run, tmp_path, capsys):
     assert "18-40" in printed and "6 of 6 images" in printed
 
 
+def test_true_ages_of_the_files_that_have_one_are_on_the_sheet(run, tmp_path, monkeypatch):
+    told = {}
+    annotated = predict.pictures.annotated
+
+    def recorded(image, **options):
+        if caption := options.get("caption"):
+            told[caption] = options.get("true_age")
+        return annotated(image, **options)
+
+    monkeypatch.setattr(predict.pictures, "annotated", recorded)
+    known, unknown = (picture(tmp_path / f"in/{name}.jpg") for name in "ab")
+    out = tmp_path / "out"
+    rows = predict.run("run", [known, unknown], out=out, true_ages={known: 6})
+    assert told == {"a.jpg": 6, "b.jpg": None} and len(rows) == 2
+    assert Image.open(out / "predictions.png").width > 2 * 256
+
+
 def test_intervals_are_conformal_where_an_evaluation_left_its_constants(run, tmp_path, capsys):
     face = picture(tmp_path / "a.png", colour=(80, 0, 0))
     (before,) = predict.run(tmp_path, [face], out=tmp_path / "out", annotate=False)

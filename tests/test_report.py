@@ -226,6 +226,29 @@ def test_annotated_picture_keeps_the_pixels_above_its_band():
     assert sheet.shape[1:] == (256, 3) and sheet.shape[0] > 330
 
 
+def test_a_true_age_that_is_known_stands_beside_the_predicted_one(monkeypatch):
+    written = []
+
+    def text(self, place, words, *, font, fill, anchor):
+        written.append((words, font.size, font.getlength(words)))
+
+    monkeypatch.setattr(pictures.ImageDraw.ImageDraw, "text", text)
+    image = np.zeros((256, 256, 3), np.uint8)
+    options = {"low": 2, "high": 43, "probabilities": [0.25] * 4, "chosen": 1}
+    unknown = pictures.annotated(image, age=24.6, caption="a.jpg", **options)
+    assert {"25 years", "90 %: 2–43", "a.jpg"} <= {words for words, *_ in written}
+    written.clear()
+    known = pictures.annotated(image, age=24.6, caption="true_age_006.jpg", true_age=6, **options)
+    assert written[0][0] == "true 6, predicted 25" and "90 %: 2–43" in [w for w, *_ in written]
+    assert not any("true_age" in words for words, *_ in written)
+    # On a sheet of four in a line on a page of 830 px it is as large as the page's text.
+    assert written[0][1] * 830 / (4 * 256) > 14
+    assert known.shape == unknown.shape  # they share sheets
+    written.clear()
+    pictures.annotated(image, age=100, true_age=100, **options)
+    assert max(length for *_, length in written) < 256 - 10
+
+
 def test_contact_sheet_holds_every_tile(tmp_path):
     tiles = [np.full((40, 30, 3), 10 * i, np.uint8) for i in range(1, 8)]
     sheet = np.asarray(Image.open(pictures.contact_sheet(tmp_path / "s.png", tiles, columns=3)))
