@@ -72,7 +72,7 @@ def parse_training_flags(
     for value, key in ((config, "init_from"), (config.get("data", {}), "root")):
         if value.get(key):  # a shell leaves the ~ of --config.init_from=~/run as it is
             value[key] = os.path.expanduser(value[key])
-    return config, Path(values.workdir).expanduser()
+    return config, Path(os.path.expanduser(values.workdir))
 
 
 def join_values(argv: list[str]) -> list[str]:

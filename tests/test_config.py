@@ -44,6 +44,29 @@ def test_home_is_meant_by_a_tilde_that_the_shell_left(tmp_path, monkeypatch, cap
         assert f" {tmp_path}/a" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "--no-detect", "~nobody-here/x.jpg"],
+        ["prepare", "~nobody-here/x"],
+        ["prepare", "{there}/in", "--labels=~nobody-here/x"],
+        ["prepare", "{there}/in", "--splits=a=~nobody-here/x"],
+        ["explore", "--root=~nobody-here/x"],
+        ["import-timm", "~nobody-here/x", "--workdir={there}/x"],
+        ["pretrain", "--config.data.root=~nobody-here/x", "--workdir={there}/x"],
+        ["finetune", "--config.distill.teachers=~nobody-here/x", "--workdir={there}/x"],
+    ],
+)
+def test_home_of_nobody_is_told_in_one_line(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COATNET_JAX_HOME", str(tmp_path / "home"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/20.jpg").touch()
+    with pytest.raises(SystemExit) as end:
+        main([word.format(there=tmp_path) for word in command])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.count("\n") == 1 and "~nobody-here/x" in error
+
+
 def test_config_by_path(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
