@@ -97,6 +97,24 @@ def test_bad_flags_are_explained_in_one_line(argv, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "tune"])
+def test_an_unknown_word_has_the_status_of_argparse_and_a_wrong_value_has_not(command, capsys):
+    for word, status in (
+        ("--bogus=1", 2),
+        ("--config.optim.lrr=1", 2),
+        ("bogus", 2),
+        ("--config.epochs=many", 1),
+        ("--config=bogus", 1),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([command, word, "--workdir=x"])
+        error = capsys.readouterr().err
+        assert (end.value.code, error.count("\n")) == (status, 1), (word, error)
+    with pytest.raises(SystemExit) as end:
+        main(["predict", "--bogus=1", "a.jpg"])
+    assert end.value.code == 2  # argparse's own
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize(
     "words", ["micro", "coatnet_0,bf16", "atto,drawn,tiny", "micro,cpu", "resnet50", "vit_s16,cpu"]
