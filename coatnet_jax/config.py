@@ -15,6 +15,12 @@ from ml_collections import config_flags
 from coatnet_jax.paths import configs_folder
 
 
+class UnknownWord(ValueError):
+    """A word of the command line that is not known, as argparse tells by the same exit status."""
+
+    exit_status = 2
+
+
 def load_config(spec: str) -> ml_collections.ConfigDict:
     """Config from `name[:words]` (a shipped config) or `path.py[:words]`.
 
@@ -59,8 +65,8 @@ def parse_training_flags(
 ) -> tuple[ml_collections.ConfigDict, Path]:
     """(config, workdir) from `--config=… --config.key=value … --workdir=…`.
 
-    Raises ValueError in one line for an unknown flag or key (with near names), a value of the wrong
-    type, or a missing workdir.
+    Raises UnknownWord in one line for an unknown flag or key (with near names), ValueError for a
+    value of the wrong type or a missing workdir.
     """
     argv = join_values(argv)
     given = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
@@ -69,18 +75,18 @@ def parse_training_flags(
     for arg in rest:
         name = arg.split("=", 1)[0].removeprefix("--")
         if name.startswith("config.") and name.partition("[")[0][7:] not in flat_keys(config):
-            raise ValueError(_unknown_flag(name, config))
+            raise UnknownWord(_unknown_flag(name, config))
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", *rest])
     flags.DEFINE_string("workdir", None, "Folder for checkpoints and results.", flag_values=values)
     try:
         extra = values(["coatnet-jax", *rest])[1:]
     except flags.UnrecognizedFlagError as error:
-        raise ValueError(_unknown_flag(error.flagname, config)) from None
+        raise UnknownWord(_unknown_flag(error.flagname, config)) from None
     except (flags.Error, ValueError, TypeError) as error:
         raise ValueError(f"bad flag: {' '.join(str(error).split())}") from None
     if extra:
-        raise ValueError(
+        raise UnknownWord(
             f"unexpected argument {extra[0]!r}; flags look like --config.optim.lr=0.001"
         )
     if not values.workdir:
@@ -89,7 +95,7 @@ def parse_training_flags(
     for value, key in ((config, "init_from"), (config.get("data", {}), "root")):
         if value.get(key):  # a shell leaves the ~ of --config.init_from=~/run as it is
             value[key] = os.path.expanduser(value[key])
-    return config, Path(values.workdir).expanduser()
+    return config, Path(os.path.expanduser(values.workdir))
 
 
 def join_values(argv: list[str]) -> list[str]:

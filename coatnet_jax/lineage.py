@@ -1,5 +1,6 @@
 """Where a run's weights come from: the stages that they went through before."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def stages_behind(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
 def teacher_folders(config: ml_collections.ConfigDict) -> tuple[Path, ...]:
     """The runs whose answers a run of this config learns from; most have none."""
     named = config.get("distill", {}).get("teachers", "").split(",")
-    return tuple(Path(name.strip()).expanduser() for name in named if name.strip())
+    return tuple(Path(os.path.expanduser(name.strip())) for name in named if name.strip())
 
 
 def stages_until(run_dir: str) -> list[dict[str, Any]]:

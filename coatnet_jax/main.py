@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         refused = f"{path} cannot be used ({getattr(error, 'strerror', '')}): give another path"
         print(f"coatnet-jax: error: {refused if path else error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_status", 1))
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -77,7 +77,7 @@ class Look:
 def split_run(paths: Sequence[str | Path]) -> tuple[Path | None, list[str | Path]]:
     """(folder of the run, pictures) of what the command line names: the first is a run if it holds
     a file of one, be others missing, else none is named."""
-    first = Path(paths[0]).expanduser()
+    first = Path(os.path.expanduser(paths[0]))
     if any((first / name).exists() for name in RUN_FILES) or _has_config(first):
         return first, list(paths[1:])
     return None, list(paths)
@@ -183,7 +183,7 @@ def find_images(
         raise ValueError("no images given: name image files or folders")
     found: dict[Path, Path] = {}
     for name in inputs:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.is_dir():
             for file in _images_in(path, recursive=recursive, out=Path(out) if out else None):
                 found.setdefault(file.resolve(), file)

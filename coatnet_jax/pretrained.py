@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def _is_file(source: str) -> bool:
 
 
 def _local_file(path: Path) -> Path:
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         return path / "model.safetensors"
     return path

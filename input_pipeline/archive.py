@@ -184,7 +184,7 @@ def describe(source: Source) -> list[tuple[str, int, int]]:
 
 
 def _expand(name: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.exists():
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:

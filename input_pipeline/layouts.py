@@ -1,6 +1,7 @@
 """How a source says the ages of its pictures: known layouts, and which of them a source has."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,9 +182,10 @@ def _tables_within(source: Source) -> dict[str, bytes]:
 
 
 def _read(path: Path) -> bytes:
-    if not path.expanduser().is_file():
+    path = Path(os.path.expanduser(path))
+    if not path.is_file():
         raise FileNotFoundError(f"label table {path} does not exist")
-    return path.expanduser().read_bytes()
+    return path.read_bytes()
 
 
 def _shown(source: Source) -> str:

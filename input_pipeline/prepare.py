@@ -85,9 +85,9 @@ def prepare(
     """
     progress, splits = progress or (lambda line: None), dict(splits or {})
     _check_settings(transform, transform_id, beam_runner, drop_conflicts, splits)
-    _check_place(Path(root).expanduser(), name, source)
+    _check_place(Path(os.path.expanduser(root)), name, source)
     found_layout = find_layout(source, layout=layout, labels=labels, age_column=age_column)
-    folder = Path(root).expanduser() / (name or found_layout.name)
+    folder = Path(os.path.expanduser(root)) / (name or found_layout.name)
     settings = {
         "name": folder.name,
         "layout": found_layout.name,
@@ -148,7 +148,7 @@ def _check_settings(
     for name, path in splits.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"splits name {name!r} must be a plain word, such as 'utkface_21_60'")
-        if not Path(path).expanduser().is_file():
+        if not Path(os.path.expanduser(path)).is_file():
             raise FileNotFoundError(f"split file {path} does not exist")
 
 
@@ -164,7 +164,7 @@ def _check_place(root: Path, name: str, source: Source) -> None:
 def _source_id(source: Source, settings: Sequence[Any], files: Sequence[str | Path]) -> str:
     """Identifies a source by its files' names, sizes and times, wherever it lies, and how it is
     read: the settings and the content of the tables beside it."""
-    tables = [hashlib.sha256(Path(f).expanduser().read_bytes()).hexdigest() for f in files]
+    tables = [hashlib.sha256(Path(os.path.expanduser(f)).read_bytes()).hexdigest() for f in files]
     facts = [*settings, tables, describe(source)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

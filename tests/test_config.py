@@ -44,6 +44,29 @@ def test_home_is_meant_by_a_tilde_that_the_shell_left(tmp_path, monkeypatch, cap
         assert f" {tmp_path}/a" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "--no-detect", "~nobody-here/x.jpg"],
+        ["prepare", "~nobody-here/x"],
+        ["prepare", "{there}/in", "--labels=~nobody-here/x"],
+        ["prepare", "{there}/in", "--splits=a=~nobody-here/x"],
+        ["explore", "--root=~nobody-here/x"],
+        ["import-timm", "~nobody-here/x", "--workdir={there}/x"],
+        ["pretrain", "--config.data.root=~nobody-here/x", "--workdir={there}/x"],
+        ["finetune", "--config.distill.teachers=~nobody-here/x", "--workdir={there}/x"],
+    ],
+)
+def test_home_of_nobody_is_told_in_one_line(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COATNET_JAX_HOME", str(tmp_path / "home"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/20.jpg").touch()
+    with pytest.raises(SystemExit) as end:
+        main([word.format(there=tmp_path) for word in command])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.count("\n") == 1 and "~nobody-here/x" in error
+
+
 def test_config_by_path(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
@@ -72,6 +95,24 @@ def test_bad_flags_are_explained_in_one_line(argv, message):
         parse(*argv)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "tune"])
+def test_an_unknown_word_has_the_status_of_argparse_and_a_wrong_value_has_not(command, capsys):
+    for word, status in (
+        ("--bogus=1", 2),
+        ("--config.optim.lrr=1", 2),
+        ("bogus", 2),
+        ("--config.epochs=many", 1),
+        ("--config=bogus", 1),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([command, word, "--workdir=x"])
+        error = capsys.readouterr().err
+        assert (end.value.code, error.count("\n")) == (status, 1), (word, error)
+    with pytest.raises(SystemExit) as end:
+        main(["predict", "--bogus=1", "a.jpg"])
+    assert end.value.code == 2  # argparse's own
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
