@@ -13,7 +13,8 @@ UNFINISHED = 3  # exit status of a training that was stopped and saved; the same
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 wrong input (one line says which), 3 stopped and saved."""
+    """Run a command and exit: 0 done, 1 wrong input or too little memory (one line says which),
+    3 stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         sys.exit(_run(argv))
@@ -49,7 +50,10 @@ def _run(argv: list[str]) -> int:
         if path := getattr(arguments, written, None):
             check_writable(Path(path), flag=f"--{written}")
     _prepare_process()
-    return arguments.run(arguments) or 0
+    from coatnet_jax.device_memory import exhaustion_explained, more_memory
+
+    with exhaustion_explained(more_memory):
+        return arguments.run(arguments) or 0
 
 
 def _at_home(word: str) -> str:
@@ -107,7 +111,8 @@ def _train(command: str, argv: list[str]) -> int:
         from coatnet_jax.pretrain import run
     else:
         from coatnet_jax.finetune import run
-    return 0 if run(config, workdir) else UNFINISHED
+    with exhaustion_explained(lambda: less_memory(config, workdir)):
+        return 0 if run(config, workdir) else UNFINISHED
 
 
 def _tune(argv: list[str]) -> int:
@@ -125,13 +130,16 @@ def _tune(argv: list[str]) -> int:
     from coatnet_jax import tune, tune_search
 
     flags = tune.config_flags(rest)
-    if arguments.search is not None:
-        trials, steps = arguments.search, arguments.steps
-        done = tune_search.run(config, workdir, trials=trials, steps=steps, flags=flags)
-    else:
-        done = tune.run(config, workdir, plan=tune.make_plan(config, arguments), flags=flags)
+    # Its runs share one config, so with another it takes another folder from the first run on.
+    with exhaustion_explained(lambda: less_memory(config, workdir, other_folder=True)):
+        if arguments.search is not None:
+            trials, steps = arguments.search, arguments.steps
+            done = tune_search.run(config, workdir, trials=trials, steps=steps, flags=flags)
+        else:
+            done = tune.run(config, workdir, plan=tune.make_plan(config, arguments), flags=flags)
     return 0 if done else UNFINISHED
 
+    from coatnet_jax.device_memory import exhaustion_explained, less_memory
 
 def _add_tune_arguments(tune: argparse.ArgumentParser) -> None:
     add = tune.add_argument
@@ -155,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, run, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
+    from coatnet_jax.device_memory import exhaustion_explained, less_memory
         return command
 
     demo = add(
