@@ -18,7 +18,7 @@ def read_labels(folder: str | Path) -> dict[str, list]:
     """
     path = Path(folder) / "labels.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no prepared data ({path.name}): prepare it first")
+        raise _unprepared(folder, path.name)
     try:
         with path.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
@@ -55,5 +55,12 @@ def records_folder(folder: str | Path) -> Path:
     """Returns the folder of TFDS files inside a prepared folder; raises FileNotFoundError."""
     found = sorted(Path(folder).glob("tfds/*/*/dataset_info.json"))
     if not found:
-        raise FileNotFoundError(f"{folder} holds no prepared data (tfds/): prepare it first")
+        raise _unprepared(folder, "tfds/")
     return found[-1].parent
+
+
+def _unprepared(folder: str | Path, lacks: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{folder} holds no prepared data ({lacks}): prepare it first, as in "
+        "coatnet-jax prepare UTKFace.zip"
+    )
