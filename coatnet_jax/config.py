@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -26,6 +27,29 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
 
     Raises FileNotFoundError where there is no such config, ValueError where its words are unknown.
     """
+    module, words = _find_config(spec)
+    return module.get_config(words) if words else module.get_config()
+
+
+def describe_config(spec: str) -> str:
+    """What the words of a config mean, which its docstring says, and all keys with their values."""
+    values = flat(load_config(spec).to_dict())
+    module, _ = _find_config(spec)
+    width = max(map(len, values))
+    return "\n".join(
+        [
+            (module.__doc__ or "").strip(),
+            "",
+            f"Keys, with their values in --config={spec}. What each one does is said beside it in",
+            f"{module.__file__}. A tuple wants quotes: --config.KEY='(0.5, 1.0)'.",
+            "",
+            *(f"    --config.{key:{width}}  {value!r}" for key, value in values.items()),
+        ]
+    )
+
+
+def _find_config(spec: str) -> tuple[ModuleType, str]:
+    """The module of a config, and the words after its colon."""
     name, _, words = spec.partition(":")
     path = Path(name)
     if path.suffix != ".py":
@@ -40,7 +64,13 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no get_config function, so it is not a config")
-    return module.get_config(words) if words else module.get_config()
+    return module, words
+
+
+def named_config(argv: Sequence[str], *, default: str) -> str:
+    """The last `--config=…` of a command line whose values are joined."""
+    given = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
+    return given[-1] if given else default
 
 
 def check_words(words: Sequence[str], known: Sequence[str], *, stage: str) -> None:
@@ -69,8 +99,7 @@ def parse_training_flags(
     value of the wrong type or a missing workdir.
     """
     argv = join_values(argv)
-    given = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
-    config = load_config(given[-1] if given else default)
+    config = load_config(named_config(argv, default=default))
     rest = [arg for arg in argv if not arg.startswith("--config=")]
     for arg in rest:
         name = arg.split("=", 1)[0].removeprefix("--")

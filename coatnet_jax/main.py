@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import gc
+import importlib.metadata
 import os
 import sys
 import traceback
@@ -10,12 +11,17 @@ from pathlib import Path
 
 from coatnet_jax.full_disk import full_disk_explained
 
-TRAINING = ("pretrain", "finetune")
+TRAINING = {
+    "pretrain": "self-supervised pre-training (SimCLR unless another method is named): "
+    "--config=pretrain:micro --workdir=FOLDER",
+    "finetune": "fine-tuning for age: --config=finetune:micro --config.init_from=RUN --workdir=…",
+}
 UNFINISHED = 3  # exit status of a training that was stopped and saved; the same command resumes
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 wrong input (one line says which), 3 stopped and saved."""
+    """Run a command and exit: 0 done, 1 wrong input or too little memory (one line says which),
+    3 stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         with full_disk_explained(argv):
@@ -42,17 +48,23 @@ def _is_ours(error: BaseException) -> bool:
 
 def _run(argv: list[str]) -> int:
     command = argv[0] if argv else ""
-    if command == "tune" and not any(arg in ("-h", "--help") for arg in argv):
-        return _tune(argv[1:])
+    if command == "--version":
+        print(f"coatnet-jax {importlib.metadata.version('coatnet-jax')}")
+        return 0
     wants_help = any(arg in ("-h", "--help", "--helpfull") for arg in argv)
-    if command in TRAINING and not wants_help:
-        return _train(command, argv[1:])
+    if command in TRAINING:
+        return (_training_help if wants_help else _train)(command, argv[1:])
+    if command == "tune" and not wants_help:
+        return _tune(argv[1:])
     arguments = _parser().parse_args([_at_home(word) for word in argv])
     for written in ("out", "workdir"):
         if path := getattr(arguments, written, None):
             check_writable(Path(path), flag=f"--{written}")
     _prepare_process()
-    return arguments.run(arguments) or 0
+    from coatnet_jax.device_memory import exhaustion_explained, more_memory
+
+    with exhaustion_explained(more_memory):
+        return arguments.run(arguments) or 0
 
 
 def _at_home(word: str) -> str:
@@ -92,6 +104,30 @@ def _prepare_process() -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
+def _training_help(command: str, argv: list[str]) -> int:
+    """Print the flags of a training, and the words and keys of the config that is named."""
+    from coatnet_jax.config import describe_config, join_values, named_config
+
+    parser = argparse.ArgumentParser(
+        prog=f"coatnet-jax {command}", description=TRAINING[command], allow_abbrev=False
+    )
+    _add_training_arguments(parser, command)
+    config = named_config(join_values(argv), default=command)
+    print(f"{parser.format_help()}\n{describe_config(config)}")
+    return 0
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
+    add = parser.add_argument
+    add(
+        "--config",
+        metavar="NAME:WORDS",
+        help=f"a shipped config with its words ({stage}:micro), or a path (default: {stage})",
+    )
+    add("--config.KEY", metavar="VALUE", help="set a value of the config (may be repeated)")
+    add("--workdir", required=True, help="folder for checkpoints and results (required)")
+
+
 def _train(command: str, argv: list[str]) -> int:
     from coatnet_jax.config import parse_training_flags
 
@@ -103,6 +139,7 @@ def _train(command: str, argv: list[str]) -> int:
             f"give one like --config={command}:micro"
         )
     _prepare_process()
+    from coatnet_jax.device_memory import exhaustion_explained, less_memory
     from coatnet_jax.distributed import start
 
     start(config.get("distributed", ""))
@@ -110,7 +147,8 @@ def _train(command: str, argv: list[str]) -> int:
         from coatnet_jax.pretrain import run
     else:
         from coatnet_jax.finetune import run
-    return 0 if run(config, workdir) else UNFINISHED
+    with exhaustion_explained(lambda: less_memory(config, workdir)):
+        return 0 if run(config, workdir) else UNFINISHED
 
 
 def _tune(argv: list[str]) -> int:
@@ -126,13 +164,16 @@ def _tune(argv: list[str]) -> int:
         raise ValueError(f"coatnet-jax tune is for fine-tuning, not for {config.get('stage')!r}")
     _prepare_process()
     from coatnet_jax import tune, tune_search
+    from coatnet_jax.device_memory import exhaustion_explained, less_memory
 
     flags = tune.config_flags(rest)
-    if arguments.search is not None:
-        trials, steps = arguments.search, arguments.steps
-        done = tune_search.run(config, workdir, trials=trials, steps=steps, flags=flags)
-    else:
-        done = tune.run(config, workdir, plan=tune.make_plan(config, arguments), flags=flags)
+    # Its runs share one config, so with another it takes another folder from the first run on.
+    with exhaustion_explained(lambda: less_memory(config, workdir, other_folder=True)):
+        if arguments.search is not None:
+            trials, steps = arguments.search, arguments.steps
+            done = tune_search.run(config, workdir, trials=trials, steps=steps, flags=flags)
+        else:
+            done = tune.run(config, workdir, plan=tune.make_plan(config, arguments), flags=flags)
     return 0 if done else UNFINISHED
 
 
@@ -145,7 +186,12 @@ def _add_tune_arguments(tune: argparse.ArgumentParser) -> None:
     )
     add("--overfit-faces", type=int, default=64, help="faces to learn by heart (default: 64)")
     add("--overfit-steps", type=int, default=300, help="steps to do so (default: 300)")
-    add("--search", type=int, metavar="N", help="instead: N trials of an Optuna search")
+    add(
+        "--search",
+        type=int,
+        metavar="N",
+        help="instead: N trials of an Optuna search (needs pip install '.[tune]')",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="coatnet-jax",
         description="Age estimation from face photos: CoAtNet with SimCLR pre-training, in JAX.",
     )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run, text: str) -> argparse.ArgumentParser:
@@ -189,31 +236,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     explore.add_argument("--out", help="folder for the page (default: explore/NAME)")
 
-    for name, text in (
-        ("pretrain", "SimCLR pre-training: --config=pretrain:micro --workdir=FOLDER"),
-        (
-            "finetune",
-            "fine-tuning for age: --config=finetune:micro --config.init_from=RUN --workdir=…",
-        ),
-    ):
-        training = add(name, None, text)
-        training.add_argument("--config", help="a shipped config (pretrain:micro) or a path")
-        training.add_argument("--config.KEY", metavar="VALUE", help="set a value of the config")
-        training.add_argument("--workdir", help="folder for checkpoints and results")
+    for name, text in TRAINING.items():
+        add(name, None, text)  # `_training_help` knows their flags
 
     tune = add(
         "tune", None, "hyperparameters of fine-tuning: checks, learning rate, weight decay, search"
     )
-    tune.add_argument("--config", help="a shipped config (finetune:micro) or a path")
-    tune.add_argument("--config.KEY", metavar="VALUE", help="set a value of the config")
-    tune.add_argument("--workdir", help="folder for runs and results")
+    _add_training_arguments(tune, "finetune")
     _add_tune_arguments(tune)
 
     embed = add("embed", _embed, "what a run's features know of age, beside untrained ones")
     evaluate = add("evaluate", _evaluate, "four-class accuracy and age error of a fine-tuned run")
-    for command, split in ((embed, "validation"), (evaluate, "test")):
-        command.add_argument("--split", default=split, help=f"(default: {split})")
-        command.add_argument("--out", help="folder for the results (default: inside the run)")
+    for command, split, splits, out in (
+        (
+            embed,
+            "validation",
+            "validation, test or validation+test",
+            "RUN/embed; of other faces than the run's validation split RUN/embed-…",
+        ),
+        (
+            evaluate,
+            "test",
+            "train, validation, test, several joined (train+test) or all; refused where the run "
+            "was trained on its faces",
+            "RUN/evaluate/SPLIT; without RUN evaluation/SPLIT, with --small evaluation_small/SPLIT",
+        ),
+    ):
+        command.add_argument("--split", default=split, help=f"{splits} (default: {split})")
+        command.add_argument("--out", help=f"folder for the results (default: {out})")
         command.add_argument("--name", help="another prepared data set than the run's own")
         command.add_argument("--root", help="folder for built data (default: the run's)")
         command.add_argument("--no-faces", action="store_true", help="no picture that shows faces")
@@ -224,7 +274,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="workdir of a fine-tuning run (default: the model that comes with the package)",
     )
-    embed.add_argument("--max-points", type=int, default=2000, help="faces in the pictures")
+    embed.add_argument(
+        "--max-points", type=int, default=2000, help="faces in the pictures (default: 2000)"
+    )
     embed.add_argument(
         "--perplexity",
         nargs="+",
@@ -236,7 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--umap", action="store_true", help="UMAP too (needs umap-learn)")
     evaluate.add_argument("--on", dest="name", help="the same as --name")
     evaluate.add_argument("--splits", help="table of splits (default: the run's own)")
-    evaluate.add_argument("--which", default="best", help="checkpoint: best, latest or a step")
+    evaluate.add_argument(
+        "--which", default="best", help="checkpoint: best, latest or a step (default: best)"
+    )
     evaluate.add_argument(
         "--decode",
         help="age read from the probabilities: median, mean, argmax (default: the run's)",
@@ -247,7 +301,10 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = add("compare", _compare, "runs side by side: paired differences, means over seeds")
     compare.add_argument(
-        "run_dirs", nargs="+", metavar="RUN", help="workdirs; the first is held to"
+        "run_dirs",
+        nargs="+",
+        metavar="RUN",
+        help="workdirs; every other run is compared with the first",
     )
     compare.add_argument(
         "--on",
@@ -255,7 +312,9 @@ def _parser() -> argparse.ArgumentParser:
         default="test",
         help="folder in RUN/evaluate to compare (default: test)",
     )
-    compare.add_argument("--out", default="comparison", help="folder for the results")
+    compare.add_argument(
+        "--out", default="comparison", help="folder for the results (default: comparison)"
+    )
 
     predict = add("predict", _predict, "ages of the faces in photos: a table, a CSV, pictures")
     predict.add_argument(

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from coatnet_jax.augment import denormalize, eval_view, simclr_view
+from coatnet_jax.checkpoint import has_checkpoint
 from coatnet_jax.distributed import is_main
 from coatnet_jax.heads import SiameseModel
 from coatnet_jax.inference import Run, build_model, image_format, normalisation
@@ -40,8 +41,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
         print(f"[pretrain] {config.method} sees the training ages: a ceiling, no self-supervision")
     model = build_model(config)
     view = partial(simclr_view, **image_format(config), **config.augment.to_dict())
-    if not (workdir / "views.png").is_file():
-        draw_views(workdir / "views.png", setting, view)
+    views = workdir / "views.png"
+    if not (views.is_file() and has_checkpoint(workdir)):  # else it may be of another config
+        draw_views(views, setting, view)
     return run_stage(
         setting,
         model,

@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -326,17 +327,22 @@ def run_stage(
         train_step = with_resident_images(train_step, setting.train_faces.pixels, mesh)
     checkpoints = Checkpoints(workdir, metric=metric)
     started = time.monotonic()
-    state, finished = loop.train(
-        state,
-        iterator,
-        name=config.stage,
-        train_step=train_step,
-        evaluate=make_evaluate(),
-        mesh=mesh,
-        schedule=schedule,
-        checkpoints=checkpoints,
-        log=MetricsLog(workdir, trackers=trackers),
-    )
+    try:
+        state, finished = loop.train(
+            state,
+            iterator,
+            name=config.stage,
+            train_step=train_step,
+            evaluate=make_evaluate(),
+            mesh=mesh,
+            schedule=schedule,
+            checkpoints=checkpoints,
+            log=MetricsLog(workdir, trackers=trackers),
+        )
+    except BaseException:
+        with suppress(OSError):  # it holds checkpoints, which the same config goes on from
+            (workdir / FOLDER).rmdir()  # else the folder may be given to another config
+        raise
     checkpoints.close()
     if not is_main():
         return finished

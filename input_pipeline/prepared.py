@@ -59,7 +59,7 @@ def read_account(folder: str | Path) -> dict[str, Any]:
 def _labels_file(folder: str | Path) -> Path:
     path = Path(folder) / "labels.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no prepared data ({path.name}): prepare it first")
+        raise _unprepared(folder, path.name)
     return path
 
 
@@ -67,5 +67,12 @@ def records_folder(folder: str | Path) -> Path:
     """Returns the folder of TFDS files inside a prepared folder; raises FileNotFoundError."""
     found = sorted(Path(folder).glob("tfds/*/*/dataset_info.json"))
     if not found:
-        raise FileNotFoundError(f"{folder} holds no prepared data (tfds/): prepare it first")
+        raise _unprepared(folder, "tfds/")
     return found[-1].parent
+
+
+def _unprepared(folder: str | Path, lacks: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{folder} holds no prepared data ({lacks}): prepare it first, as in "
+        "coatnet-jax prepare UTKFace.zip"
+    )

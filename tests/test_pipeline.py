@@ -321,7 +321,7 @@ def test_unknown_names_list_the_known_ones(folder, tmp_path):
     few.write_text(f"file,split\n{open_split(folder, 'train')[0]['file']},train\n")
     with pytest.raises(ValueError, match="'test' in .*few.csv.*1 picture.* too few for three"):
         open_split(folder, "test", splits=few)
-    with pytest.raises(FileNotFoundError, match="prepare it first"):
+    with pytest.raises(FileNotFoundError, match="coatnet-jax prepare UTKFace.zip"):
         open_split(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="none.csv does not exist"):
         open_split(folder, "train", splits=tmp_path / "none.csv")

@@ -556,6 +556,79 @@ def test_run_that_cannot_teach_is_refused_in_one_line(
     assert not (tmp_path / "x").exists()
 
 
+def exhaust_memory(*_, **__):
+    """What no device can hold: the error is JAX's own."""
+    return jax.numpy.zeros(1 << 50).block_until_ready()
+
+
+def small_run(stage, root, run):
+    """The command of what `tiny` configures: eight steps, saved after three of them."""
+    command = [stage, f"--config={stage}:atto,drawn,tiny", f"--config.data.root={root}"]
+    command += [f"--workdir={run}", "--config.model.image_size=32", "--config.batch_size=16"]
+    command += ["--config.epochs=1.2", "--config.monitor.every_epochs=0.43"]
+    small = (f"--config.projection.{value}" for value in ("layers=2", "hidden=16", "out=8"))
+    return [*command, *small] if stage == "pretrain" else command
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_training_without_enough_memory_says_how_it_takes_less(
+    stage, drawn_root, tmp_path, monkeypatch, capsys
+):
+    module = {"pretrain": pretrain, "finetune": finetune}[stage]
+    monkeypatch.setattr(module, f"{stage}_train_step", exhaust_memory)
+    views = tmp_path / "run" / "views.png"  # left by another config that did not come far
+    views.parent.mkdir()
+    views.touch()
+    status, message = call(capsys, *small_run(stage, drawn_root, tmp_path / "run"))
+    assert (views.stat().st_size > 0) == (stage == "pretrain")
+    (line,) = message.strip().splitlines()
+    assert status == 1 and line.startswith("coatnet-jax: error: the memory of the device (cpu) ran")
+    assert "RESOURCE_EXHAUSTED: Out of memory allocating 4503599627370496 bytes" in line
+    parts = " or give --config.accumulate=2" if stage == "pretrain" else ""
+    assert line.endswith(
+        f": lower --config.batch_size (16 now){parts} or give --config.model.remat=True"
+    )
+
+
+def test_training_that_ran_out_of_memory_goes_on(drawn_root, tmp_path, monkeypatch, capsys):
+    command = small_run("finetune", drawn_root, tmp_path / "run")
+
+    def exhausted_after(count, *words):
+        steps = [finetune.finetune_train_step] * count
+        with monkeypatch.context() as patched:
+            step = lambda *a, **b: (steps.pop() if steps else exhaust_memory)(*a, **b)  # noqa: E731
+            patched.setattr(finetune, "finetune_train_step", step)
+            return call(capsys, *command, *words)
+
+    assert "(32 now)" in exhausted_after(0, "--config.batch_size=32")[1]
+    # Nothing was saved, so the folder can have a smaller batch. With a checkpoint it cannot.
+    status, message = exhausted_after(4)
+    kept = f"in a new --workdir; the last checkpoint in {tmp_path}/run is kept, and the same comm"
+    assert status == 1 and "(16 now)" in message and kept in message
+    status, message = call(capsys, *command, "--config.batch_size=8")
+    assert status == 1 and "batch_size 16 there, 8 here" in message
+    assert call(capsys, *command) == (0, "")
+    log = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 6, 6, 8, 8]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["step"] == 8
+
+
+def test_command_without_enough_memory_says_where_there_is_more(
+    finetuned, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(evaluate, "run", exhaust_memory)
+    for backend, mend in (("cpu", "end other programs that"), ("gpu", "JAX_PLATFORMS=cpu before")):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        status, message = call(capsys, "evaluate", str(finetuned))
+        (line,) = message.strip().splitlines()
+        assert status == 1 and "the memory of the device (cpu) ran out (RESOURCE" in line
+        assert mend in line
+    monkeypatch.setenv("COATNET_JAX_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="ran out") as error:
+        main(["evaluate", str(finetuned)])
+    assert isinstance(error.value.__cause__, jax.errors.JaxRuntimeError)
+
+
 def test_own_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("coatnet_jax.main._run", lambda argv: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):

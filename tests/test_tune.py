@@ -468,6 +468,20 @@ def test_default_plan_lies_around_the_config():
     assert len(tune.make_plan(config, none).weight_decays) == 4
 
 
+def test_tuning_without_enough_memory_wants_a_smaller_batch_in_another_folder(
+    drawn_root, tmp_path, monkeypatch, capsys
+):
+    def exhaust_memory(*_, **__):
+        return jax.numpy.zeros(1 << 50).block_until_ready()
+
+    monkeypatch.setattr(tune, "run", exhaust_memory)
+    assert run_main("tune", *flags(drawn_root, tmp_path / "tune")) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "ran out (RESOURCE_EXHAUSTED" in line and line.endswith(
+        ": lower --config.batch_size (16 now) or give --config.model.remat=True, in a new --workdir"
+    )
+
+
 # --- sweep ---------------------------------------------------------------------------------------
 
 
