@@ -14,8 +14,39 @@ from input_pipeline.archive import OnSkip, Source
 from input_pipeline.layouts import NAMED
 from input_pipeline.scan import Reading, iter_faces
 
-# Above this size TFDS would shuffle through files that it opens with TensorFlow.
-tfds_shuffle.MAX_MEM_BUFFER_SIZE = 1 << 40
+
+class _Bucket:
+    """A stretch of the hashed keys and their examples, in a file: TFDS's own is written with
+    TensorFlow. Above a size TFDS sorts examples into these, then each by itself: the order is that
+    of sorting all in memory."""
+
+    def __init__(self, path: Path):
+        self._path, self._length = Path(path), 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, key: int, data: bytes) -> None:
+        # Not kept open: there are a thousand, as many as a process may open.
+        with self._path.open("ab") as file:
+            file.write(key.to_bytes(_KEY_BYTES, "big") + len(data).to_bytes(8, "big") + data)
+        self._length += 1
+
+    def read_values(self) -> Iterator[tuple[int, bytes]]:
+        if not self._length:
+            return
+        with self._path.open("rb") as file:
+            while key := file.read(_KEY_BYTES):
+                size = int.from_bytes(file.read(8), "big")
+                yield int.from_bytes(key, "big"), file.read(size)
+
+    def del_file(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+_KEY_BYTES = tfds_shuffle.HKEY_SIZE_BYTES
+tfds_shuffle._Bucket = _Bucket
+tfds_shuffle.MAX_MEM_BUFFER_SIZE = 256 << 20
 
 
 class FaceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core import shuffle
 
 from input_pipeline.agedb.agedb_dataset_builder import Builder as AgeDBBuilder
+from input_pipeline.face_builder import _Bucket as Bucket
 from input_pipeline.folder.folder_dataset_builder import Builder as FolderBuilder
 from input_pipeline.images import (
     MAX_PIXELS,
@@ -240,6 +242,25 @@ def test_any_number_of_pictures_may_have_one_public_name(tmp_path):
     assert info["kept"] == info["identities"] == 4
     names = ["0_25_f.jpg", "AgeDB/0_25_f.jpg", "AgeDB/0_25_f.jpg#2", "AgeDB/0_25_f.jpg#3"]
     assert sorted(by_file(tmp_path / "agedb")) == names
+
+
+def test_set_larger_than_its_share_of_memory_has_the_same_records(tmp_path, monkeypatch):
+    source = write_zip(tmp_path / "faces.zip", faces(60))
+    quiet(source, tmp_path / "memory")
+    adding, spilled = Bucket.add, []
+    monkeypatch.setattr(
+        Bucket, "add", lambda self, *entry: spilled.append(entry) or adding(self, *entry)
+    )
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 20_000)
+    quiet(source, tmp_path / "disk")
+    assert len(spilled) == 60
+    one, other = (tmp_path / place / "utkface" for place in ("memory", "disk"))
+    assert {path.relative_to(one) for path in one.rglob("*")} == {
+        path.relative_to(other) for path in other.rglob("*")
+    }
+    assert (one / "labels.csv").read_bytes() == (other / "labels.csv").read_bytes()
+    images = [open_split(folder, "all").read_images(range(60)) for folder in (one, other)]
+    assert images[0] == images[1]
 
 
 def test_many_pictures_of_one_name_are_told_apart_in_time():
