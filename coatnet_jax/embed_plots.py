@@ -1,4 +1,4 @@
-"""Pictures of a latent space besides the grid of point clouds: perplexities, and near faces."""
+"""Pictures of a latent space besides the grid of point clouds: ages, perplexities, near faces."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +17,37 @@ from input_pipeline.images import decode_image
 from input_pipeline.pipeline import Faces
 
 QUERIES, NEAREST, TILE = 8, 3, 160  # lines, faces for each kind of features, pixels
+OLDEST = 80  # years; few are older, and the colours are better spent on the others
+
+
+def by_age(
+    path: str | Path,
+    clouds: Sequence[tuple[str, str, Float[np.ndarray, "n 2"]]],
+    *,
+    age: Int[np.ndarray, " n"],
+    title: str = "",
+) -> Path:
+    """The same faces in each of `clouds`, `(name, note, points)`, side by side, coloured by age."""
+    scale = ScalarMappable(Normalize(0, OLDEST), "viridis")
+    order = np.random.default_rng(0).permutation(len(age))
+    size = float(np.clip(22000 / max(len(age), 1), 9, 50))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.3 * len(clouds) + 0.9, 4.9), layout="constrained")
+        axes = figure.subplots(1, len(clouds), squeeze=False)
+        for ax, (name, note, xy) in zip(axes[0], clouds, strict=True):
+            ax.scatter(*xy[order].T, s=size, c=scale.to_rgba(age[order]), linewidths=0)
+            ax.set(xticks=[], yticks=[], facecolor=PANEL)
+            ax.spines[:].set_visible(False)
+            ax.set_title(name, fontsize=13)
+            ax.set_xlabel(note, fontsize=12)
+        older = "max" if np.max(age, initial=0) > OLDEST else "neither"
+        bar = figure.colorbar(scale, ax=axes, aspect=30, pad=0.02, extend=older)
+        bar.set_label("age in years", fontsize=12)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0, labelsize=11)
+        if title:
+            figure.suptitle(title, x=0.005, ha="left", fontsize=14, fontweight="bold")
+        return save_figure(figure, path)
 
 
 def perplexities(

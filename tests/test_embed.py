@@ -6,6 +6,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -211,6 +212,8 @@ def test_run_writes_picture_points_and_scores(joined, tmp_path):
     for words in ("untrained", "tsne.png", "perplexities.png", "neighbours.png", "do not publish"):
         assert words in page
     assert "http" not in (folder / "embed.html").read_text().replace("arxiv", "")
+    # For other pages: its panels are in tsne.png too.
+    assert (folder / "tsne_age.png").is_file() and "tsne_age.png" not in page
 
 
 def test_faces_are_left_out_where_asked(joined, tmp_path):
@@ -260,6 +263,32 @@ def test_too_small_a_split_is_refused_before_any_work(joined, tmp_path):
     joined["validation"] = fake_faces(3, 1)
     with pytest.raises(ValueError, match="at least 10 faces, here are 3"):
         embed.run(tmp_path, "data")
+
+
+def test_picture_of_ages_colours_the_same_faces_by_age_in_both_clouds(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(embed_plots, "save_figure", lambda figure, _: drawn.append(figure))
+    age = np.array([0, 20, 40, 80, 116])
+    clouds = [(name, f"of {name}", np.stack([age, i + age], 1)) for i, name in enumerate("ab")]
+    embed_plots.by_age(tmp_path / "t.png", clouds, age=age, title="t-SNE")
+    panels = [ax for ax in drawn[0].axes if ax.get_xlabel()]
+    assert [(ax.get_title("left"), ax.get_xlabel()) for ax in panels] == [
+        ("a", "of a"),
+        ("b", "of b"),
+    ]
+    for i, ax in enumerate(panels):
+        (dots,) = ax.collections
+        x, y = dots.get_offsets().T
+        assert sorted(x) == list(age) and np.all(y == x + i)
+        # viridis from 0 to 80 years, and older ones as at 80
+        expected = matplotlib.colormaps["viridis"](np.minimum(x / 80, 1))
+        np.testing.assert_allclose(dots.get_facecolors(), expected, atol=1 / 255)
+
+
+def test_age_errors_are_those_that_are_known():
+    scores = {"probe_mae": 10.512, "knn_mae": 11.371, "rank_me": 57.4}
+    assert embed.age_errors(scores) == "age error in years: kNN 11.37, linear probe 10.51"
+    assert embed.age_errors({"knn_mae": 9.0}) == "age error in years: kNN 9.00"
 
 
 def test_picture_has_no_column_for_what_is_unknown_of_every_face(tmp_path):
