@@ -1,5 +1,6 @@
 """The commands in the README and the notebook are ones that the command line understands."""
 
+import ast
 import json
 import os
 import re
@@ -9,21 +10,39 @@ from pathlib import Path
 
 import pytest
 
-from coatnet_jax.config import parse_training_flags
+from coatnet_jax.config import flat, parse_training_flags
 from coatnet_jax.main import TRAINING, _parser
+from coatnet_jax.stage import FREE_KEYS
 
 ROOT = Path(__file__).parents[1]
+
+
+def commands_in(text: str) -> list[str]:
+    """Every `coatnet-jax …` line of a shell."""
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [line.split("&&")[-1].strip().removeprefix("!") for line in lines]
+    return [line for line in found if line.startswith("coatnet-jax ")]
+
+
+def notebook_commands(model: str = "micro", **given: str) -> list[str]:
+    """Those of the notebook's cells, with what the cells assign to the names in braces; `given`
+    takes the place of what they assign."""
+    cells = json.loads((ROOT / "colab" / "coatnet_jax.ipynb").read_text())["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    names: dict[str, str] = {}
+    python = re.sub(r"^( *)[!%].*", r"\1pass", text.replace("\\\n", " "), flags=re.MULTILINE)
+    for node in ast.parse(python).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name | ast.Tuple):
+            exec(compile(ast.Module([node], []), "notebook", "exec"), names)
+            names |= {"MODEL": model, **given}
+    return [line.format_map(names) for line in commands_in(text)]
 
 
 def commands() -> list[str]:
     """Every `coatnet-jax …` line of the README's code blocks and the notebook's cells."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    cells = json.loads((ROOT / "colab" / "coatnet_jax.ipynb").read_text())["cells"]
-    blocks += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [line.split("&&")[-1].strip().removeprefix("!") for line in lines]
-    found = [line.replace("{MODEL}", "micro") for line in found]  # which the notebook sets
-    return [line for line in found if line.startswith("coatnet-jax ")]
+    notebook = notebook_commands("micro") + notebook_commands("coatnet_0", WORDS=",bf16")
+    return commands_in("\n".join(blocks)) + notebook
 
 
 def test_there_are_commands_to_check():
@@ -38,6 +57,38 @@ def test_documented_command_is_understood(line):
     config, _ = understood(name, argv)
     if name in TRAINING:
         assert config.stage == name
+
+
+def test_notebook_takes_paths_with_spaces():
+    given = [
+        shlex.split(line)[1:] for line in notebook_commands(ZIP="/My Drive/a.zip", RUNS="/My Drive")
+    ]
+    assert ["prepare", "/My Drive/a.zip"] in given
+    trained = [understood(name, argv) for name, *argv in given if name in TRAINING]
+    assert [str(workdir) for _, workdir in trained] == ["/My Drive/pretrain", "/My Drive/finetune"]
+    assert trained[1][0].init_from == "/My Drive/pretrain"
+    for command in ("embed", "evaluate", "predict"):
+        runs = [_parser().parse_args(argv) for argv in given if argv[0] == command]
+        run = runs[-1].paths[0] if command == "predict" else runs[-1].run_dir
+        assert run == f"/My Drive/{'pretrain' if command == 'embed' else 'finetune'}"
+
+
+def test_notebook_trains_coatnet_0_as_the_published_run(tmp_path):
+    def configs(lines):
+        """{stage: its keys and values}, of the first of a stage, without what changes no result."""
+        found = {}
+        for name, *argv in lines:
+            if name in TRAINING and name not in found:
+                config, _ = understood(name, argv)
+                values = flat(config.to_dict())
+                other = (*FREE_KEYS, "init_from", "model.dtype")
+                found[name] = {k: v for k, v in values.items() if k not in other}
+        return found
+
+    (tmp_path / "faces.tar").touch()
+    published = given_by("on_gpu.sh", tmp_path, f"{tmp_path}/out", f"{tmp_path}/faces.tar")
+    ours = [shlex.split(line)[1:] for line in notebook_commands("coatnet_0")]
+    assert configs(ours) == configs(published) and len(configs(ours)) == 2
 
 
 def test_documented_programs_are_there():
