@@ -24,7 +24,12 @@ PACKAGES = ("coatnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", 
 
 
 def write_run_info(
-    workdir: Path, config: ml_collections.ConfigDict, *, data_fingerprint: str, parameters: int
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    *,
+    data_fingerprint: str,
+    parameters: int,
+    label_digest: str = "",
 ) -> None:
     """config.json (resolved) and run.json: versions, revision, data, device, command, start, and
     the stages before."""
@@ -35,6 +40,7 @@ def write_run_info(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "parameters": parameters,
         "data_fingerprint": data_fingerprint,
+        "label_digest": label_digest,
         **environment(),
     }
     # Kept here, so that it is still known where the folders of those are moved or deleted.

@@ -187,8 +187,8 @@ def _facts(info: Mapping[str, Any]) -> dict[str, Any]:
             facts["wall time"] = f"{value / 60:.1f} min"
         elif key == "devices":
             facts["devices"] = f"{len(value)} × {value[0]}" if value else None
-        elif key == "data_fingerprint":
-            facts["data fingerprint"] = value[:12]
+        elif key in ("data_fingerprint", "label_digest"):
+            facts[key.replace("_", " ")] = value[:12]
         elif isinstance(value, Mapping):
             facts[key] = _listed(value)
         else:

@@ -221,13 +221,20 @@ def check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def check_same_data(workdir: Path, train_faces: Faces) -> None:
-    """Raise ValueError where the run in `workdir` was begun on other faces than these."""
-    before = read_json(workdir / "run.json").get("data_fingerprint", "")
+    """Raise ValueError where the run in `workdir` was begun on other faces than these, or on other
+    labels of them (which older runs do not tell)."""
+    told = read_json(workdir / "run.json")
+    before = told.get("data_fingerprint", "")
     if before not in ("", train_faces.fingerprint):
         raise ValueError(
             f"{workdir} was begun on data of fingerprint {before[:16]}, {train_faces.folder} has "
             f"{train_faces.fingerprint[:16]} now: prepare the data as they were, or give a new "
             "--workdir"
+        )
+    if told.get("label_digest", "") not in ("", train_faces.label_digest):
+        raise ValueError(
+            f"{workdir} was begun on other ages, genders or races of the pictures than "
+            f"{train_faces.folder} has now: prepare the data as they were, or give a new --workdir"
         )
 
 
@@ -293,7 +300,11 @@ def run_stage(
         check_same_data(workdir, setting.train_faces)
     if is_main() and not known:
         write_run_info(
-            workdir, config, data_fingerprint=setting.train_faces.fingerprint, parameters=parameters
+            workdir,
+            config,
+            data_fingerprint=setting.train_faces.fingerprint,
+            parameters=parameters,
+            label_digest=setting.train_faces.label_digest,
         )
         card = model_card(
             config, parameters=parameters, fingerprint=setting.train_faces.fingerprint

@@ -27,7 +27,7 @@ from tensorflow_datasets.proto import tf_example_generated_pb2
 from input_pipeline.errors import first_line
 from input_pipeline.images import decode_image, decode_into
 from input_pipeline.prepared import build_id, read_labels, read_transform_id, records_folder
-from input_pipeline.splits import FRACTIONS, fingerprint, match_splits, read_splits
+from input_pipeline.splits import FRACTIONS, fingerprint, label_digest, match_splits, read_splits
 
 __all__ = ["Faces", "decode_image", "decode_once", "eval_loader", "open_split", "train_loader"]
 
@@ -50,7 +50,7 @@ class Faces:
     int64 [n]: the record of each row. fingerprint: of the whole split file. pixels: uint8
     [n, size, size, 3] where `decode_once` has kept them, or None. files: the image file of each
     row, where they are held. build: `prepared.build_id` of what the labels were read from; the
-    records of another are refused.
+    records of another are refused. label_digest: of the ages, genders and races of the split file.
     """
 
     folder: Path
@@ -61,6 +61,7 @@ class Faces:
     pixels: np.ndarray | None = None
     files: list[memoryview] | None = None
     build: str = ""
+    label_digest: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -150,18 +151,16 @@ def open_split(folder: str | Path, split: str, *, splits: str | Path = "default"
         raise ValueError(f"split {split} is empty: none of its files is in {folder}")
     _tell_gaps(path, folder, counts)
     numbers = {name: np.array(table[name], np.int32)[chosen] for name in ("age", "gender", "race")}
+    hashes, *labels = ([table[name][row] for row in rows] for name in ("pixel_hash", *numbers))
     text = {name: np.array(table[name])[chosen] for name in ("file", "identity", "pixel_hash")}
     return Faces(
         folder=folder,
         split=split,
         labels=numbers | text,
         records=np.array(chosen, np.int64),
-        fingerprint=fingerprint(
-            [table["pixel_hash"][row] for row in rows],
-            names,
-            transform_id=read_transform_id(folder),
-        ),
+        fingerprint=fingerprint(hashes, names, transform_id=read_transform_id(folder)),
         build=build,
+        label_digest=label_digest(hashes, *labels),
     )
 
 

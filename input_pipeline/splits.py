@@ -70,6 +70,13 @@ def fingerprint(hashes: Iterable[str], splits: Iterable[str], *, transform_id: s
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def label_digest(hashes: Iterable[str], *labels: Iterable[int]) -> str:
+    """Returns the SHA-256 over the sorted lines of pixel hash and labels: what the fingerprint does
+    not see."""
+    lines = sorted(" ".join(map(str, row)) + "\n" for row in zip(hashes, *labels, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def straddling_groups(groups: Iterable[str], splits: Iterable[str]) -> int:
     """Returns how many groups lie in more than one split; images without a split ('') are none."""
     found = defaultdict(set)

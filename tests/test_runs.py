@@ -29,6 +29,7 @@ from coatnet_jax.config import load_config
 from coatnet_jax.main import main
 from coatnet_jax.teachers import teachers_answer
 from input_pipeline.images import decode_image
+from input_pipeline.pipeline import open_split
 from input_pipeline.prepare import prepare
 
 
@@ -430,6 +431,27 @@ def test_training_does_not_go_on_with_other_faces(drawn_root, pretrained, finetu
     (run / "run.json").write_text(json.dumps(told | {"data_fingerprint": "0123456789abcdef0"}))
     with pytest.raises(ValueError, match="begun on data of fingerprint 0123456789abcdef, .* has"):
         finetune.run(config, run)
+
+
+def test_training_does_not_go_on_with_other_labels(drawn_root, pretrained, finetuned, tmp_path):
+    run, root = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(finetuned, run)
+    shutil.copytree(drawn_root / "drawn", root / "drawn")
+    config = tiny("finetune", root, init_from=str(pretrained))
+    table = root / "drawn" / "labels.csv"
+    with table.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    rows[5]["age"] = str(int(rows[5]["age"]) + 1)
+    with table.open("w", newline="") as out:
+        writer = csv.DictWriter(out, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(ValueError, match="run was begun on other ages, .* prepare the data as"):
+        finetune.run(config, run)
+    told = json.loads((run / "run.json").read_text())
+    assert told.pop("label_digest") != open_split(root / "drawn", "train").label_digest
+    (run / "run.json").write_text(json.dumps(told))  # of a run from before the digest
+    finetune.run(config, run)
 
 
 def test_checkpoints_of_an_unknown_training_are_not_gone_on_with(drawn_root, finetuned, tmp_path):

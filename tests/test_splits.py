@@ -1,6 +1,7 @@
 """Splits: copies stay together, ages are divided alike, and nothing hangs on the order of files."""
 
 import gzip
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from input_pipeline.splits import (
     SplitRow,
     assign_splits,
     fingerprint,
+    label_digest,
     match_splits,
     read_splits,
     straddling_groups,
@@ -77,6 +79,13 @@ def test_fingerprint_tells_what_was_done_to_the_pictures(images):
     splits = assign_splits(hashes, ages)
     names = ("", "crop 1", "crop 2")
     assert len({fingerprint(hashes, splits, transform_id=name) for name in names}) == 3
+
+
+def test_digest_of_labels_sees_a_single_age_and_no_order():
+    whole = label_digest(["b", "a", "a"], [30, 20, 21], [0, -1, 1])
+    assert whole == hashlib.sha256(b"a 20 -1\na 21 1\nb 30 0\n").hexdigest()
+    assert whole == label_digest(["a", "a", "b"], [21, 20, 30], [1, -1, 0])
+    assert whole != label_digest(["a", "a", "b"], [21, 20, 31], [1, -1, 0])
 
 
 def test_other_fractions_and_wrong_ones(images):
