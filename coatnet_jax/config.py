@@ -27,14 +27,13 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
 
     Raises FileNotFoundError where there is no such config, ValueError where its words are unknown.
     """
-    module, words = _find_config(spec)
-    return module.get_config(words) if words else module.get_config()
+    return _load(spec)[0]
 
 
 def describe_config(spec: str) -> str:
     """What the words of a config mean, which its docstring says, and all keys with their values."""
-    values = flat(load_config(spec).to_dict())
-    module, _ = _find_config(spec)
+    config, module = _load(spec)
+    values = flat(config.to_dict())
     width = max(map(len, values))
     return "\n".join(
         [
@@ -48,8 +47,8 @@ def describe_config(spec: str) -> str:
     )
 
 
-def _find_config(spec: str) -> tuple[ModuleType, str]:
-    """The module of a config, and the words after its colon."""
+def _load(spec: str) -> tuple[ml_collections.ConfigDict, ModuleType]:
+    """A config, and the module that made it."""
     name, _, words = spec.partition(":")
     path = Path(name)
     if path.suffix != ".py":
@@ -64,7 +63,7 @@ def _find_config(spec: str) -> tuple[ModuleType, str]:
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no get_config function, so it is not a config")
-    return module, words
+    return module.get_config(words) if words else module.get_config(), module
 
 
 def named_config(argv: Sequence[str], *, default: str) -> str:

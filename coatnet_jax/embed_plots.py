@@ -35,9 +35,7 @@ def by_age(
         figure = Figure(figsize=(4.3 * len(clouds) + 0.9, 4.9), layout="constrained")
         axes = figure.subplots(1, len(clouds), squeeze=False)
         for ax, (name, note, xy) in zip(axes[0], clouds, strict=True):
-            ax.scatter(*xy[order].T, s=size, c=scale.to_rgba(age[order]), linewidths=0)
-            ax.set(xticks=[], yticks=[], facecolor=PANEL)
-            ax.spines[:].set_visible(False)
+            _cloud(ax, xy[order], scale.to_rgba(age[order]), size)
             ax.set_title(name, fontsize=13)
             ax.set_xlabel(note, fontsize=12)
         older = "max" if np.max(age, initial=0) > OLDEST else "neither"
@@ -68,15 +66,22 @@ def perplexities(
             ax.set_title(f"perplexity {value:g}")
         for row, (name, points) in zip(axes, layouts.items(), strict=True):
             for ax, xy in zip(row, points, strict=True):
-                ax.scatter(*xy[order].T, s=size, c=scale.to_rgba(age[order]), linewidths=0)
-                ax.set(xticks=[], yticks=[], facecolor=PANEL)
-                ax.spines[:].set_visible(False)
+                _cloud(ax, xy[order], scale.to_rgba(age[order]), size)
             row[0].set_ylabel(name, fontweight="bold", fontsize=12)
         bar = figure.colorbar(scale, ax=axes, shrink=0.6, aspect=30, pad=0.02)
         bar.set_label("age in years", color=MUTED)
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
         return save_figure(figure, path)
+
+
+def _cloud(
+    ax, xy: Float[np.ndarray, "n 2"], colours: Float[np.ndarray, "n 4"], size: float
+) -> None:
+    """Points on a plain panel: the axes of such a layout have no meaning."""
+    ax.scatter(*xy.T, s=size, c=colours, linewidths=0)
+    ax.set(xticks=[], yticks=[], facecolor=PANEL)
+    ax.spines[:].set_visible(False)
 
 
 def neighbours(

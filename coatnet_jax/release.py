@@ -136,14 +136,14 @@ def _other_sets(
             for key, value in released.items()
             if result.get(key, value) != value
         ]
+        folder = data_folder.with_name(result["data_name"])
         if other:
             print(
                 f"{path.parent} has {'; '.join(other)}: left out of the card; evaluate again to "
                 "have it there"
             )
-        elif not data_folder.with_name(result["data_name"]).is_dir():
-            name = data_folder.with_name(result["data_name"])
-            print(f"{name} is missing: {path.parent} is left out of the card")
+        elif not folder.is_dir():
+            print(f"{folder} is missing: {path.parent} is left out of the card")
         else:
             results.append(result)
     return results

@@ -1,6 +1,6 @@
 """The model card of a released model, from what its evaluation measured."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -78,8 +78,6 @@ def _training(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> list
         names = " and ".join(dict.fromkeys(stage["teacher"] for stage in taught))
         parts.append(f"Distilled from {names}, whose answers are mixed into the labels.")
         rows = [_stage(stage) for stage in taught]
-        for row, stage in zip(rows, taught, strict=True):
-            row[0] = f"{stage['teacher']}: {row[0]}"
         parts.append(_table(("stage of a teacher", "epochs", "px", "data"), rows))
     outside = any(stage["stage"] == "timm" for stage in before)
     devices = ", ".join(" ".join(dict.fromkeys(name.split())) for name in run["devices"])
@@ -93,16 +91,17 @@ def _training(config: ml_collections.ConfigDict, run: Mapping[str, Any]) -> list
 
 
 def _stage(stage: Mapping[str, Any]) -> list[str]:
-    """Its row of a table: what, epochs, size, data."""
+    """Its row of a table: what (and of which teacher), epochs, size, data."""
+    of = f"{stage['teacher']}: " if "teacher" in stage else ""
     if stage["stage"] == "timm":
-        return [f"training of timm's `{stage['name']}`, outside of this project", "", "", ""]
+        return [f"{of}training of timm's `{stage['name']}`, outside of this project", "", "", ""]
     if stage["stage"] == "finetune":
         averaged = stage.get("averaged", 1)
         what = f"mean of {averaged} fine-tunings" if averaged > 1 else "fine-tuning"
     else:
         what = f"pre-training, `{stage.get('method', 'simclr')}`"
     trained_on = training_split(stage["data"], stage.get("splits", "default"))
-    return [what, f"{stage['epochs']:g}", str(stage["image_size"]), trained_on]
+    return [of + what, f"{stage['epochs']:g}", str(stage["image_size"]), trained_on]
 
 
 def _scores(result: Mapping[str, Any]) -> str:
@@ -186,6 +185,6 @@ def _others(others: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["## Other pictures", _table(columns, rows)]
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -85,9 +85,10 @@ def prepare(
     """
     progress, splits = progress or (lambda line: None), dict(splits or {})
     _check_settings(transform, transform_id, beam_runner, drop_conflicts, splits)
-    _check_place(Path(os.path.expanduser(root)), name, source)
+    root = Path(os.path.expanduser(root))
+    _check_place(root, name, source)
     found_layout = find_layout(source, layout=layout, labels=labels, age_column=age_column)
-    folder = Path(os.path.expanduser(root)) / (name or found_layout.name)
+    folder = root / (name or found_layout.name)
     settings = {
         "name": folder.name,
         "layout": found_layout.name,
