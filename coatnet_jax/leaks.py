@@ -66,11 +66,13 @@ def check_no_leak(faces: Faces, train: Faces, *, run_dir: Path) -> dict[str, Any
     }
 
 
-def refuse_trained_on(count: int, faces: Faces, *, run_dir: Path) -> NoReturn:
-    """Raise the ValueError that says that `count` of the faces were trained on."""
+def refuse_trained_on(count: int, faces: Faces, *, run_dir: Path, by: str = "") -> NoReturn:
+    """Raise the ValueError that says that `count` of the faces were trained on, `by` the run or by
+    what stands in a relation to it."""
     raise ValueError(
         f"{count:,} of the {len(faces):,} faces of {faces.folder} ({faces.split}) were in the "
-        f"training split of {run_dir}: evaluate it on a split that it was not trained on"
+        f"training split of {f'{by} ' if by else ''}{run_dir}: evaluate it on a split that it was "
+        "not trained on"
     )
 
 

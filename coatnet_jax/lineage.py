@@ -1,6 +1,7 @@
 """Where a run's weights come from: the stages that they went through before."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ def teacher_folders(config: ml_collections.ConfigDict) -> tuple[Path, ...]:
     """The runs whose answers a run of this config learns from; most have none."""
     named = config.get("distill", {}).get("teachers", "").split(",")
     return tuple(Path(os.path.expanduser(name.strip())) for name in named if name.strip())
+
+
+def folders_behind(config: ml_collections.ConfigDict) -> Iterator[Path]:
+    """The runs that a run of this config starts from and learns from, and those behind them, as far
+    as their folders are still there."""
+    start = [Path(config.init_from)] if config.get("init_from", "") else []
+    for folder in (*start, *teacher_folders(config)):
+        if (folder / "config.json").is_file():
+            yield folder
+            yield from folders_behind(read_config(folder / "config.json"))
 
 
 def stages_until(run_dir: str) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ def write_run_info(
     data_fingerprint: str,
     parameters: int,
     label_digest: str = "",
+    validation_faces: int | None = None,
 ) -> None:
     """config.json (resolved) and run.json: versions, revision, data, device, command, start, and
     the stages before."""
@@ -41,6 +42,7 @@ def write_run_info(
         "parameters": parameters,
         "data_fingerprint": data_fingerprint,
         "label_digest": label_digest,
+        **({} if validation_faces is None else {"validation_faces": validation_faces}),
         **environment(),
     }
     # Kept here, so that it is still known where the folders of those are moved or deleted.

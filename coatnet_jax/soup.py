@@ -38,6 +38,7 @@ from coatnet_jax.metrics import mae
 from coatnet_jax.release_weights import is_released
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_batch
 from coatnet_jax.terms import model_card
+from coatnet_jax.training_set import told_before
 from input_pipeline.pipeline import Faces, open_split, train_loader
 
 # What has to agree for weights to mean the same; the rest of the recipe may differ.
@@ -69,6 +70,12 @@ def run(
     _check_same_shapes(paths, weights)
     train, splits = open_trained(paths[0], data_folder, configs[0].data.splits)
     validation = open_split(data_folder, "validation", splits=splits)
+    validation = validation.take(~told_before(validation, configs[0], paths[0], data_folder))
+    if not len(validation):
+        raise ValueError(
+            f"an earlier stage of {paths[0]} was told the ages of all validation faces of "
+            f"{data_folder} ({splits}): none are left to choose by"
+        )
 
     ages = validation.labels["age"]
 

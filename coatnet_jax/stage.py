@@ -26,6 +26,7 @@ from coatnet_jax.checkpoint import (
 from coatnet_jax.config import flat, read_config, read_json
 from coatnet_jax.distributed import any_process, is_main
 from coatnet_jax.inference import normalisation
+from coatnet_jax.lineage import teacher_folders
 from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
 from coatnet_jax.optim import create_optimizer, optimizer_with_traced_rates, warmup_cosine
 from coatnet_jax.paths import data_folder
@@ -35,6 +36,7 @@ from coatnet_jax.terms import model_card
 from coatnet_jax.tracking import open_trackers
 from coatnet_jax.train_state import TrainState, create_train_state, init_variables
 from coatnet_jax.training_plots import run_title, training_curves
+from coatnet_jax.training_set import told_before
 from input_pipeline.face_crops import GEOMETRIES
 from input_pipeline.label_noise import settle_conflicts, write_account
 from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
@@ -119,7 +121,7 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     check_batch_size(config.batch_size, mesh)
     folder = data_folder(config.data.name, config.data.root)
     train_faces = open_split(folder, "train", splits=config.data.splits)
-    validation_faces = open_split(folder, "validation", splits=config.data.splits)
+    validation_faces = _untold_validation(config, workdir, folder)
     how = config.data.get("label_noise", "keep")
     train_faces, conflicts = settle_conflicts(train_faces, how)
     if how != "keep":
@@ -131,6 +133,37 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     return Setting(
         config, Path(workdir), mesh, train_faces, validation_faces, schedule, tuple(conflicts)
     )
+
+
+def _untold_validation(config: ml_collections.ConfigDict, workdir: Path, folder: Path) -> Faces:
+    """The validation faces whose ages no earlier stage was told: the others would choose the
+    checkpoint that has them by heart. Says how many are left out, and where test faces were told.
+    """
+    faces = open_split(folder, "validation", splits=config.data.splits)
+    if not (config.init_from or teacher_folders(config)):
+        return faces
+    told = told_before(faces, config, workdir, folder)
+    if told.any():
+        others = "config.data.splits can name the table of splits that the weights were trained on"
+        if told.all():
+            raise ValueError(
+                f"an earlier stage (config.init_from or a teacher) was told the ages of all "
+                f"{len(told):,} validation faces of {folder} ({config.data.splits}): {others}"
+            )
+        print(
+            f"[{config.stage}] {told.sum():,} of the {len(told):,} validation faces are left out: "
+            f"an earlier stage (config.init_from or a teacher) was told their ages; {others}",
+            flush=True,
+        )
+    with suppress(ValueError):  # a table without a test split
+        test = open_split(folder, "test", splits=config.data.splits)
+        if seen := int(told_before(test, config, workdir, folder).sum()):
+            print(
+                f"[{config.stage}] of the {len(test):,} test faces an earlier stage was told the "
+                f"ages of {seen:,}: evaluate will refuse them",
+                flush=True,
+            )
+    return faces.take(~told) if told.any() else faces
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:
@@ -220,21 +253,27 @@ def check_same_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
         )
 
 
-def check_same_data(workdir: Path, train_faces: Faces) -> None:
-    """Raise ValueError where the run in `workdir` was begun on other faces than these, or on other
-    labels of them (which older runs do not tell)."""
+def check_same_data(workdir: Path, setting: Setting) -> None:
+    """Raise ValueError where the run in `workdir` was begun on other faces than the setting's, on
+    other labels of them, or with other validation faces (which older runs do not tell)."""
+    faces, kept = setting.train_faces, len(setting.validation_faces)
     told = read_json(workdir / "run.json")
     before = told.get("data_fingerprint", "")
-    if before not in ("", train_faces.fingerprint):
+    if before not in ("", faces.fingerprint):
         raise ValueError(
-            f"{workdir} was begun on data of fingerprint {before[:16]}, {train_faces.folder} has "
-            f"{train_faces.fingerprint[:16]} now: prepare the data as they were, or give a new "
-            "--workdir"
+            f"{workdir} was begun on data of fingerprint {before[:16]}, {faces.folder} has "
+            f"{faces.fingerprint[:16]} now: prepare the data as they were, or give a new --workdir"
         )
-    if told.get("label_digest", "") not in ("", train_faces.label_digest):
+    if told.get("label_digest", "") not in ("", faces.label_digest):
         raise ValueError(
             f"{workdir} was begun on other ages, genders or races of the pictures than "
-            f"{train_faces.folder} has now: prepare the data as they were, or give a new --workdir"
+            f"{faces.folder} has now: prepare the data as they were, or give a new --workdir"
+        )
+    if (there := told.get("validation_faces", kept)) != kept:
+        raise ValueError(
+            f"{workdir} was begun with {there:,} validation faces that no earlier stage was told "
+            f"the ages of, now there are {kept:,}: put back the runs and the data that it started "
+            "from, or give a new --workdir"
         )
 
 
@@ -297,7 +336,7 @@ def run_stage(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     known = resuming and (workdir / "run.json").is_file()
     if known:  # a damaged run.json should fail now, not after the training
-        check_same_data(workdir, setting.train_faces)
+        check_same_data(workdir, setting)
     if is_main() and not known:
         write_run_info(
             workdir,
@@ -305,6 +344,7 @@ def run_stage(
             data_fingerprint=setting.train_faces.fingerprint,
             parameters=parameters,
             label_digest=setting.train_faces.label_digest,
+            validation_faces=len(setting.validation_faces),
         )
         card = model_card(
             config, parameters=parameters, fingerprint=setting.train_faces.fingerprint

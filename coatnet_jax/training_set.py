@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
-from jaxtyping import Int, UInt64
+from jaxtyping import Bool, Int, UInt64
 
 from coatnet_jax.ages import N_AGES
-from coatnet_jax.config import read_json
+from coatnet_jax.config import read_config, read_json
 from coatnet_jax.heads import N_GENDERS, N_RACES
 from coatnet_jax.leaks import (
     check_no_leak,
@@ -23,8 +24,9 @@ from coatnet_jax.leaks import (
     open_stage,
     open_trained,
     refuse_trained_on,
+    trained_on,
 )
-from coatnet_jax.lineage import stages_before
+from coatnet_jax.lineage import folders_behind, stages_before, stages_behind
 from coatnet_jax.weight_files import read_weights, write_weights
 from input_pipeline.pipeline import Faces, open_split
 
@@ -50,6 +52,9 @@ class TrainingSet:
         if self.train is not None:
             counts = check_no_leak(faces, self.train, run_dir=run_dir)
             before = check_stages_before(faces, run_dir, folder, fingerprint=self.fingerprint)
+            released = kept_by_releases(faces, read_config(run_dir / "config.json"))
+            if seen := int((released & ~trained_on(faces, self.train)).sum()):
+                refuse_trained_on(seen, faces, run_dir=run_dir, by="a released model behind")
             return counts | {"before": before}
         seen = int(np.isin(short_hashes(faces.labels["pixel_hash"]), self.hashes).sum())
         if seen:
@@ -77,7 +82,54 @@ def open_training_set(run_dir: Path, folder: Path, splits: str) -> TrainingSet:
         labels, hashes = read_record(run_dir)
         return TrainingSet(splits, told["data_fingerprint"], labels, hashes=hashes)
     validation = open_split(folder, "validation", splits=splits)
+    told = told_before(validation, read_config(run_dir / "config.json"), run_dir, folder)
+    if told.any():
+        print(
+            f"{told.sum():,} of the {len(told):,} validation faces calibrate no intervals: an "
+            "earlier stage was told their ages"
+        )
+        validation = validation.take(~told)
     return TrainingSet(splits, train.fingerprint, train.labels, train, validation)
+
+
+def told_before(
+    faces: Faces, config: ml_collections.ConfigDict, run_dir: Path, folder: Path
+) -> Bool[np.ndarray, " n"]:
+    """Of which of `faces`, of the run's own table of splits in `folder`, the stages before a run of
+    this config, or its teachers, were told the ages.
+
+    By pixel hash, from the tables of those stages as far as they are here and from what released
+    models keep. Faces of the run's own training split are its own affair (`check_no_leak`).
+    """
+    told = kept_by_releases(faces, config)
+    try:
+        begun = (run_dir / "run.json").is_file()
+        stages = stages_before(run_dir) if begun else stages_behind(config)
+    except ValueError:  # the folder of one is gone
+        return told
+    known = {
+        (stage["data"], stage.get("splits", "default"), stage.get("fingerprint", ""))
+        for stage in stages
+        if learned_ages(stage)
+    }
+    for data, splits, print_ in known:
+        if print_ == faces.fingerprint:
+            continue
+        train, _ = open_stage({"splits": splits}, folder.with_name(data))
+        if train and print_ in ("", train.fingerprint):
+            told |= trained_on(faces, train)
+    return told
+
+
+def kept_by_releases(
+    faces: Faces, config: ml_collections.ConfigDict
+) -> Bool[np.ndarray, " n"]:
+    """Which of `faces` the released models behind a run of this config say they were trained on."""
+    found = np.zeros(len(faces), bool)
+    for folder in folders_behind(config):
+        if (folder / FILE).is_file():
+            found |= np.isin(short_hashes(faces.labels["pixel_hash"]), read_record(folder)[1])
+    return found
 
 
 def write_record(out: Path, run_dir: Path, folder: Path, splits: str) -> None:

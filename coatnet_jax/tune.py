@@ -156,7 +156,7 @@ def short_run(
     """
     steps = setting.schedule.total_steps
     if (folder / RESULT).is_file():
-        check_same_data(folder, setting.train_faces)
+        check_same_data(folder, setting)
         clock.done(steps, trained=False)
         return read_json(folder / RESULT)
     minutes = clock.minutes_left()

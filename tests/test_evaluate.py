@@ -191,7 +191,8 @@ def fake_faces(age, split):
 
 
 def fake_run(stage="finetune", **methods):
-    config = ConfigDict({"stage": stage, "data": {"splits": "default"}, "loss": {"name": "kl_l1"}})
+    data, loss = {"splits": "default"}, {"name": "kl_l1"}
+    config = ConfigDict({"stage": stage, "model": {}, "data": data, "loss": loss})
     methods = {"has_attributes": False, "decode": "median", "sides": (1.0,), **methods}
     return SimpleNamespace(
         config=config, stage=stage, step=7, source_size=8, batch_size=64, **methods

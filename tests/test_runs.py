@@ -25,7 +25,7 @@ from coatnet_jax import (
     stage,
 )
 from coatnet_jax.checkpoint import FOLDER, load_variables
-from coatnet_jax.config import load_config
+from coatnet_jax.config import load_config, read_config
 from coatnet_jax.main import main
 from coatnet_jax.teachers import teachers_answer
 from input_pipeline.images import decode_image
@@ -452,6 +452,17 @@ def test_training_does_not_go_on_with_other_labels(drawn_root, pretrained, finet
     assert told.pop("label_digest") != open_split(root / "drawn", "train").label_digest
     (run / "run.json").write_text(json.dumps(told))  # of a run from before the digest
     finetune.run(config, run)
+
+
+def test_training_does_not_go_on_with_other_validation_faces(drawn_root, finetuned, tmp_path):
+    run, config = tmp_path / "run", read_config(finetuned / "config.json")
+    shutil.copytree(finetuned, run)
+    told = json.loads((run / "run.json").read_text())
+    validation = len(open_split(drawn_root / "drawn", "validation"))
+    assert told["validation_faces"] == validation
+    (run / "run.json").write_text(json.dumps(told | {"validation_faces": validation - 2}))
+    with pytest.raises(ValueError, match=f"{validation - 2} validation .* now there are"):
+        finetune.run(config, run)
 
 
 def test_checkpoints_of_an_unknown_training_are_not_gone_on_with(drawn_root, finetuned, tmp_path):

@@ -8,7 +8,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from coatnet_jax import training_set
-from coatnet_jax.training_set import open_training_set, read_record, short_hashes, write_record
+from coatnet_jax.config import load_config
+from coatnet_jax.finetune import open_finetuning
+from coatnet_jax.logs import write_run_info
+from coatnet_jax.training_set import (
+    open_training_set,
+    read_record,
+    short_hashes,
+    told_before,
+    write_record,
+)
 from input_pipeline.pipeline import open_split
 
 
@@ -25,6 +34,7 @@ def make(folder, tmp_path):
         print_ = open_split(folder, "train").fingerprint
         told = {"data_fingerprint": print_, "before": [*stages, {"stage": "timm", "name": "x"}]}
         (tmp_path / "run.json").write_text(json.dumps(told))
+        (tmp_path / "config.json").write_text(load_config("finetune:atto,drawn").to_json())
         write_record(tmp_path, tmp_path, folder, "default")
         return tmp_path
 
@@ -98,3 +108,93 @@ def test_damaged_record_is_told(make):
     save_file({"hashes": np.zeros(3, np.uint64)}, run / training_set.FILE)
     with pytest.raises(ValueError, match="is damaged: it lacks age, gender, race"):
         read_record(run)
+
+
+@pytest.fixture
+def chain(folder, tmp_path):
+    """`chain(name, splits=…, …)` writes a run with these settings; gives back its folder."""
+
+    def write(name, stage="finetune", *, splits="default", **settings):
+        config = load_config(f"{stage}:atto,drawn")
+        config.data.root = str(folder.parent)
+        config.data.splits = splits
+        config.update_from_flattened_dict(settings)
+        print_ = open_split(folder, "train", splits=splits).fingerprint
+        write_run_info(tmp_path / name, config, data_fingerprint=print_, parameters=1)
+        return tmp_path / name
+
+    return write
+
+
+def later(start, root, **settings):
+    """The config of a fine-tuning that starts from `start`, on the default splits."""
+    config = load_config("finetune:atto,drawn")
+    config.data.root, config.init_from = str(root), str(start)
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+def test_validation_faces_whose_ages_were_told_before_are_found(folder, chain, tmp_path):
+    validation = open_split(folder, "validation")
+    names = validation.labels["pixel_hash"]
+    in_fold = np.array([name in hashes(folder, splits="fold0") for name in names])
+    assert 0 < in_fold.sum() < len(names)
+
+    def told(config, run="new"):
+        return told_before(validation, config, tmp_path / run, folder).tolist()
+
+    nobody = [False] * len(names)
+    fold = chain("fold", splits="fold0")
+    for start, expected in (
+        ("", nobody),
+        (chain("simclr", "pretrain", splits="fold0"), nobody),
+        (chain("same"), nobody),
+        (fold, in_fold.tolist()),
+        (chain("behind", init_from=str(fold)), in_fold.tolist()),
+    ):
+        assert told(later(start, folder.parent)) == expected
+    taught = {"distill.teachers": str(fold)}
+    assert told(later("", folder.parent, **taught)) == in_fold.tolist()
+    # A run remembers the stages before, whose folders may be gone.
+    run = chain("begun", init_from=str(fold))
+    shutil.rmtree(fold)
+    assert told(later(fold, folder.parent), run.name) == in_fold.tolist()
+    assert told(later(fold, folder.parent)) == nobody  # nothing tells it any more
+
+
+def test_a_release_remembers_what_it_was_told_where_the_table_is_gone(folder, chain, tmp_path):
+    fold = chain("fold", splits="fold0")
+    write_record(fold, fold, folder, "fold0")
+    (fold / "run.json").write_text(json.dumps({"data_fingerprint": "of other data"}))
+    config = later(fold, folder.parent)
+    test = open_split(folder, "test")
+    told = told_before(test, config, tmp_path / "new", folder)
+    both = [name in hashes(folder, splits="fold0") for name in test.labels["pixel_hash"]]
+    assert told.tolist() == both and 0 < sum(both) < len(test)
+    run = chain("run", init_from=str(fold))
+    trained = open_training_set(run, folder, "default")
+    assert len(trained.validation) < len(open_split(folder, "validation"))
+    assert not told_before(trained.validation, config, tmp_path, folder).any()
+    with pytest.raises(ValueError, match=f"^{sum(both)} of the {len(test)} .* of a released model"):
+        trained.check(test, run_dir=run, folder=folder)
+
+
+def test_no_face_that_was_told_chooses_the_checkpoint(folder, chain, tmp_path, capsys):
+    fold = chain("fold", splits="fold0")
+    config, whole = later(fold, folder.parent), open_split(folder, "validation")
+    setting = open_finetuning(config, tmp_path / "new")
+    left = set(setting.validation_faces.labels["pixel_hash"])
+    assert left == hashes(folder, "validation") - hashes(folder, splits="fold0")
+    out = capsys.readouterr().out
+    assert f"{len(whole) - len(left)} of the {len(whole)} validation faces are left out" in out
+    assert "evaluate will refuse them" in out
+    everyone = (folder / "splits/default.csv").read_text()
+    everyone = everyone.replace(",test", ",train").replace(",validation", ",train")
+    (tmp_path / "data").mkdir()
+    copy = shutil.copytree(folder, tmp_path / "data" / "drawn")
+    (copy / "splits/all.csv").write_text(everyone)
+    told = {"data_fingerprint": open_split(copy, "train", splits="all").fingerprint}
+    write_run_info(tmp_path / "all", later("", copy.parent, **{"data.splits": "all"}),
+                   parameters=1, **told)  # fmt: skip
+    with pytest.raises(ValueError, match=f"the ages of all {len(whole)} validation faces"):
+        open_finetuning(later(tmp_path / "all", copy.parent), tmp_path / "new")
