@@ -46,11 +46,15 @@ def less_memory(
     """
     from coatnet_jax.checkpoint import has_checkpoint
 
-    ways = [f"lower --config.batch_size ({config.batch_size} now)"]
-    if "accumulate" in config:
-        ways.append(f"give --config.accumulate={2 * config.accumulate}")
+    ways = []
     if not config.model.get("remat", False):
-        ways.append("give --config.model.remat=True")
+        ways.append("give --config.model.remat=True (the same result, in more time)")
+    ways.append(f"lower --config.batch_size ({config.batch_size} now)")
+    if "accumulate" in config:
+        ways.append(
+            f"give --config.accumulate={2 * config.accumulate} (images are then compared within "
+            "a part of the batch alone)"
+        )
     advice = " or ".join(ways)
     if has_checkpoint(workdir):
         return (

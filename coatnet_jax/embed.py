@@ -74,6 +74,7 @@ def run(
     trained_on = trained.config.data
     own_set = Path(data_folder).name == trained_on.name
     splits = splits or (trained_on.splits if own_set else "default")
+    own_validation = own_set and splits == trained_on.splits and "validation" in split.split("+")
     faces = open_split(data_folder, split, splits=splits)
     reference = open_split(data_folder, knn_reference, splits=splits)
     if np.isin(faces.labels["file"], reference.labels["file"]).any():
@@ -99,6 +100,7 @@ def run(
         "run": str(run_dir),
         "stage": trained.stage,
         "step": int(trained.step),
+        "chosen_here": which == "best" and trained.stage != "timm" and own_validation,
         "data": str(data_folder),
         "data_name": Path(data_folder).name,
         "split": split,

@@ -35,6 +35,12 @@ SAW_AGES = (
 )
 
 
+CHOSEN_HERE = (
+    "**Faces of this very split chose the checkpoint** among those of the training, so the scores "
+    "are a little too good: `--split=test` gives them for faces that chose nothing."
+)
+
+
 def summary(result: Mapping[str, Any]) -> str:
     """Two lines for the terminal."""
 
@@ -62,6 +68,8 @@ def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     ]
     if result.get("stage") == "finetune":
         blocks.append({"text": SAW_AGES.format(**result)})
+    if result.get("chosen_here"):
+        blocks.append({"text": CHOSEN_HERE})
     return [
         {"title": "Features", "blocks": blocks},
         {"title": "Latent space", "blocks": cloud_blocks(result, folder)},

@@ -49,6 +49,12 @@ def open_finetuning(config: ml_collections.ConfigDict, workdir: Path) -> Setting
     setting = open_stage(config, workdir, patience=config.monitor.patience)
     check_ages(setting.train_faces.labels["age"], "the training split")
     check_ages(setting.validation_faces.labels["age"], "the validation split")
+    if config.optim.layer_decay < 1 and not (config.init_from or has_checkpoint(workdir)):
+        print(
+            f"[{config.stage}] optim.layer_decay is {config.optim.layer_decay}, which spares early "
+            "layers that have learned something; these weights are random: 1 would suit them",
+            flush=True,
+        )
     return setting
 
 

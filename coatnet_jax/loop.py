@@ -23,7 +23,8 @@ class Diverged(ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen, in steps; `patience` counts evaluations (0: never stop early)."""
+    """When things happen, in steps; `patience` counts evaluations (0: never stop early), of those
+    after the step `patience_from`."""
 
     total_steps: int
     steps_per_epoch: float
@@ -31,6 +32,7 @@ class Schedule:
     log_every: int
     batch_size: int
     patience: int = 0
+    patience_from: int = 0
     max_minutes: float = 0.0
 
 
@@ -142,9 +144,12 @@ def _out_of_patience(log: MetricsLog, metric: str, schedule: Schedule) -> bool:
     a resumed run stops where an uninterrupted one does."""
     if not schedule.patience:
         return False
-    scores = [row[metric] for row in log.rows("validation")] if is_main() else []
-    before, last = scores[: -schedule.patience], scores[-schedule.patience :]
-    return any_process(bool(before) and min(last) >= min(before))
+    rows = log.rows("validation") if is_main() else []
+    before, last = rows[: -schedule.patience], rows[-schedule.patience :]
+    if not before or last[0]["step"] <= schedule.patience_from:
+        return any_process(False)
+    best, lately = (min(row[metric] for row in some) for some in (before, last))
+    return any_process(lately >= best)
 
 
 class _StopSignals:

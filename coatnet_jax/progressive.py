@@ -44,6 +44,11 @@ def size_at(step: int, sizes: Sequence[int], *, total_steps: int) -> int:
     return sizes[min(step * len(sizes) // total_steps, len(sizes) - 1)]
 
 
+def steps_before_last(sizes: Sequence[int], *, total_steps: int) -> int:
+    """How many steps have views of another size than the last one."""
+    return -(-total_steps * (len(sizes) - 1) // len(sizes)) if sizes else 0
+
+
 def growing_step(
     make_step: Callable[[int], Callable], sizes: Sequence[int], *, total_steps: int, name: str
 ) -> Callable:

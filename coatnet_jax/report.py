@@ -4,6 +4,7 @@ It reads only what the stages left in the working folder, so it can be written a
 and what is not there is left out.
 """
 
+import csv
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coatnet_jax import embed, evaluate, training_plots
+from coatnet_jax.ages import DECODED
 from coatnet_jax.config import flat, read_json
 from coatnet_jax.pages import cell, percent, write_report
 from coatnet_jax.terms import LOCAL, data_terms
@@ -55,7 +57,7 @@ def run_report(workdir: str | Path) -> Path:
         ),
         *_embed_sections(runs),
         *(evaluate.sections(test, runs["finetune"] / "evaluate" / "test") if test else []),
-        {"title": "Predictions", "blocks": prediction_blocks(workdir / "predictions")},
+        {"title": "Predictions", "blocks": prediction_blocks(workdir)},
         {"title": "To repeat it", "blocks": repeat_blocks(runs)},
     ]
     page, _ = write_report(workdir, title="coatnet-jax: age from faces", sections=sections)
@@ -221,16 +223,34 @@ def _embed_sections(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
     return found
 
 
-def prediction_blocks(folder: Path) -> list[dict[str, Any]]:
+def prediction_blocks(workdir: Path) -> list[dict[str, Any]]:
     """The sheet of annotated pictures; nothing where no predictions were made."""
+    folder = workdir / "predictions"
     if not (folder / "predictions.png").is_file():
         return []
+    decode = (
+        _read_optional(workdir / "finetune" / "config.json").get("loss", {}).get("decode", "median")
+    )
+    interval = (
+        "the interval is calibrated to hold the ages of 90 % of faces like those of the "
+        "validation split"
+        if _interval_kinds(folder / "predictions.csv") == {"conformal"}
+        else "90 % of the predicted distribution lie in the interval"
+    )
     text = (
-        "The predicted age is the median of the predicted distribution; 90 % of the distribution "
-        "lie in the interval, and the bars are the probabilities of the four age classes."
+        f"The predicted age is the {DECODED[decode]}, {interval}, and the bars are the "
+        "probabilities of the four age classes."
     )
     caption = "The first pictures of `predictions.csv`"
     return [{"text": text}, {"figure": folder / "predictions.png", "caption": caption}]
+
+
+def _interval_kinds(path: Path) -> set[str]:
+    """What predictions.csv says of the intervals; nothing where it is not there."""
+    if not path.is_file():
+        return set()
+    with path.open(newline="", encoding="utf-8") as lines:
+        return {row.get("interval", "") for row in csv.DictReader(lines)}
 
 
 def repeat_blocks(runs: Mapping[str, Path]) -> list[dict[str, Any]]:

@@ -262,12 +262,14 @@ def _read_alike(paths: Sequence[Path]) -> tuple[list[ml_collections.ConfigDict],
 
 
 def _origin(config: ml_collections.ConfigDict, told: dict[str, Any]) -> Any:
-    """What the weights of a run come from: a folder, whether the head does too, and the teachers,
-    or of a released run the stages before."""
+    """What the weights of a run come from: a folder and whether the head does too, of a released
+    run the stages before, else the seed of random weights; and the teachers."""
     teachers = {path.resolve() for path in teacher_folders(config)}
     if config.init_from:
         return Path(config.init_from).resolve(), config.get("init_head", False), teachers
-    return teachers or told.get("before")
+    before = told.get("before", [])
+    started = any("teacher" not in stage for stage in before)
+    return before, teachers, None if started else config.seed
 
 
 def _check_same_shapes(paths: Sequence[Path], weights: Sequence[Any]) -> None:

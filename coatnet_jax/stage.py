@@ -30,6 +30,7 @@ from coatnet_jax.lineage import teacher_folders
 from coatnet_jax.logs import MetricsLog, update_run_info, write_run_info
 from coatnet_jax.optim import create_optimizer, optimizer_with_traced_rates, warmup_cosine
 from coatnet_jax.paths import data_folder
+from coatnet_jax.progressive import steps_before_last
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate
 from coatnet_jax.teachers import check_teachers
 from coatnet_jax.terms import model_card
@@ -66,7 +67,14 @@ BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "loss.sigma": ("over 0", lambda x: 0 < x < math.inf),
     "loss.years": ("at least 1", lambda x: x >= 1),
     "ema": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
-    "mixup": ("at least 0", lambda x: x >= 0),
+    "mixup": ("at least 0", lambda x: 0 <= x < math.inf),
+    "optim.lr": ("over 0", lambda x: 0 < x < math.inf),
+    "optim.weight_decay": ("at least 0", lambda x: 0 <= x < math.inf),
+    "optim.clip_norm": ("at least 0 (0: no clipping)", lambda x: 0 <= x < math.inf),
+    "optim.warmup_epochs": ("at least 0", lambda x: 0 <= x < math.inf),
+    "loss.gender": ("at least 0 (0: off)", lambda x: 0 <= x < math.inf),
+    "loss.race": ("at least 0 (0: off)", lambda x: 0 <= x < math.inf),
+    "max_minutes": ("at least 0 (0: never)", lambda x: 0 <= x < math.inf),
     "distill.weight": ("over 0 and at most 1", lambda x: 0 < x <= 1),
     "model.drop_path": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
     "model.std": ("three numbers over 0", lambda x: len(x) == 3 and min(x) > 0),
@@ -84,6 +92,11 @@ BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda x: len(x) == 2 and 0 < x[0] <= x[1] < math.inf,
     ),
     "augment.sharpen": ("at least 0", lambda x: 0 <= x < math.inf),
+    "augment.jitter": ("at least 0", lambda x: 0 <= x < math.inf),
+    **{
+        f"augment.{name}_prob": ("a probability, 0 to 1", lambda x: 0 <= x <= 1)
+        for name in ("flip", "jitter", "grey", "blur", "sharpen", "erase")
+    },
     "data.crop": (f"one of {', '.join(GEOMETRIES)}", lambda x: x in GEOMETRIES),
 }
 CACHES = ("none", "host", "device")
@@ -184,13 +197,17 @@ def make_schedule(
 ) -> loop.Schedule:
     """The config's schedule in steps, for so many training faces."""
     steps_per_epoch = faces / config.batch_size
+    total_steps = max(1, round(config.epochs * steps_per_epoch))
+    sizes = config.get("progressive", ())
     return loop.Schedule(
-        total_steps=max(1, round(config.epochs * steps_per_epoch)),
+        total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         evaluate_every=max(1, round(config.monitor.every_epochs * steps_per_epoch)),
         log_every=config.log_every,
         batch_size=config.batch_size,
         patience=patience,
+        # A size that brings nothing more is no reason to leave the larger ones out.
+        patience_from=steps_before_last(sizes, total_steps=total_steps),
         max_minutes=config.max_minutes,
     )
 

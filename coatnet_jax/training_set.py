@@ -121,9 +121,7 @@ def told_before(
     return told
 
 
-def kept_by_releases(
-    faces: Faces, config: ml_collections.ConfigDict
-) -> Bool[np.ndarray, " n"]:
+def kept_by_releases(faces: Faces, config: ml_collections.ConfigDict) -> Bool[np.ndarray, " n"]:
     """Which of `faces` the released models behind a run of this config say they were trained on."""
     found = np.zeros(len(faces), bool)
     for folder in folders_behind(config):

@@ -15,7 +15,7 @@ named):
     bf16       bfloat16 compute with float32 parameters
     tiny       a few steps, seconds: to see that everything runs
 
-Without `init_from` the same recipe trains from scratch (timm's CoAtNets and the baselines: set
+Without `init_from` the same recipe trains from scratch (timm's CoAtNets and `cpu`: set
 `optim.layer_decay=1`).
 """
 
@@ -25,12 +25,13 @@ from coatnet_jax.config import check_words, only_one
 
 RW = ("nano_rw", "0_rw", "1_rw", "2_rw", "3_rw", "bn_0_rw")
 RMLP = ("rmlp_nano_rw", "rmlp_1_rw", "rmlp_1_rw2", "rmlp_2_rw")
+TIMM = tuple(f"coatnet_{name}" for name in (*RW, *RMLP))
 BASELINES = (
     *("simple_cnn", "resnet18", "resnet34", "resnet50"),
     *("efficientnet_b0", "mobilenet_v2", "vit_s16"),
 )
 PAPER = tuple(f"coatnet_{i}" for i in range(6))
-MODELS = ("micro", "atto", *PAPER, *(f"coatnet_{i}" for i in (*RW, *RMLP)), *BASELINES)
+MODELS = ("micro", "atto", *PAPER, *TIMM, *BASELINES)
 WORDS = ("drawn", "cpu", "bf16", "tiny")
 
 
@@ -119,7 +120,7 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     optim.weight_decay = 0.05
     optim.clip_norm = 1.0
     optim.warmup_epochs = 3.0
-    optim.layer_decay = 0.75
+    optim.layer_decay = 1.0
     optim.train_from = "full"  # or 'head', 'stage4', 'stage3', …: what lies before it stays frozen
     config.ema = 0.999  # exponential moving average of the parameters; 0: off
 
@@ -131,18 +132,21 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
 
     if model in PAPER:  # as V
         config.epochs, optim.warmup_epochs = 100.0, 5.0
-        optim.weight_decay, optim.layer_decay = 0.1, 1.0
+        optim.weight_decay = 0.1
+    if model in TIMM:
+        optim.layer_decay = 0.75  # what ImageNet taught is to be kept, most in the first layers
     if "cpu" in words:
         data.image_size, config.model.image_size = 80, 64
         config.epochs, optim.warmup_epochs, config.ema = 20, 1.0, 0.998
-        # A short pre-training leaves the early layers much to learn.
-        optim.lr, optim.layer_decay, config.model.drop_path = 1e-3, 0.9, 0.1
+        optim.lr, config.model.drop_path = 1e-3, 0.1
+        if model not in BASELINES:
+            optim.layer_decay = 0.9  # a short pre-training leaves the early layers much to learn
     if model in ("micro", "atto"):
         # Small models are underfitted by what larger ones need (docs/results.md, D and D2).
         config.model.drop_path, config.mixup = 0.0, 0.0
         augment.erase_prob, augment.jitter = 0.1, 0.2
         if "cpu" not in words:
-            optim.lr, optim.layer_decay = 1e-3, 1.0  # those of U
+            optim.lr = 1e-3  # as U
     if "drawn" in words:
         data.name, data.image_size = "drawn", 64
         config.model.image_size = 48

@@ -144,6 +144,15 @@ def test_every_backbone_is_a_word_of_the_configs(stage):
     assert {stage.get_config(model).model.name for model in stage.MODELS} == set(models.BACKBONES)
 
 
+def test_early_layers_are_spared_only_where_they_were_trained_elsewhere():
+    decay = {
+        words: load_config(f"finetune:{words}").optim.layer_decay
+        for words in ("micro", "coatnet_0", "resnet50", "resnet50,cpu", "coatnet_rmlp_1_rw")
+    }
+    *own, timm = decay.values()
+    assert own == [1.0] * 4 and timm == 0.75
+
+
 def test_flat_keys_are_dotted():
     config = ml_collections.ConfigDict({"a": 1, "b": {"c": 2, "d": {"e": 3}}})
     assert flat_keys(config) == ["a", "b.c", "b.d.e"]

@@ -235,6 +235,10 @@ def test_other_splits_and_sets_have_folders_of_their_own(joined, tmp_path):
         told = json.loads((tmp_path / name / "embed.json").read_text())
         assert told["split"] == options.get("split", "validation")
         assert told["data"] == options["data_folder"] and told["splits"] == "default"
+        chosen = "chose the checkpoint" in (tmp_path / name / "embed.md").read_text()
+        assert chosen == told["chosen_here"] == (name == "embed")
+    embed.run(tmp_path, "data", max_points=20, show_faces=False, which="latest")
+    assert not json.loads((tmp_path / "embed/embed.json").read_text())["chosen_here"]
     assert len(list(tmp_path.glob("embed*"))) == 3
 
 

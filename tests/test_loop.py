@@ -95,6 +95,15 @@ def test_equal_is_no_better(tmp_path):
     assert finished and int(state.step) == 8  # the first, then three that only equal it
 
 
+@pytest.mark.parametrize(("first", "ended"), [(4, 10), (6, 18), (14, 20)])
+def test_patience_counts_from_its_first_step(first, ended, tmp_path):
+    # 5.0 at step 4, 1.0 at step 12; each three no better evaluations after `first` would end it.
+    state, finished = train(tmp_path, SCORES, patience_from=first)
+    assert finished and int(state.step) == ended
+    state, finished = train(tmp_path, SCORES, patience_from=first)
+    assert finished and int(state.step) == ended
+
+
 def test_sigterm_saves_and_the_next_call_goes_on(tmp_path):
     def terminated(state, batch):
         if int(batch["x"][0]) == 7:

@@ -10,9 +10,17 @@ from scipy.interpolate import RegularGridInterpolator
 
 from coatnet_jax import progressive
 from coatnet_jax.coatnet import CoAtNet, CoAtNetConfig
+from coatnet_jax.config import load_config
 from coatnet_jax.heads import AgeModel
 from coatnet_jax.models import create_backbone
-from coatnet_jax.progressive import check_sizes, growing_step, params_for, size_at
+from coatnet_jax.progressive import (
+    check_sizes,
+    growing_step,
+    params_for,
+    size_at,
+    steps_before_last,
+)
+from coatnet_jax.stage import make_schedule
 from coatnet_jax.train_state import TrainState
 
 SMALL = CoAtNetConfig(widths=(8, 8, 16, 32, 32), depths=(1, 1, 1, 1, 1))
@@ -23,6 +31,17 @@ def test_every_size_has_its_equal_share_of_the_steps():
     assert sizes == 3 * [32] + 3 * [48] + 3 * [64]
     shares = np.bincount([size_at(step, (1, 2, 3), total_steps=1000) for step in range(1000)])
     assert shares.tolist() == [0, 334, 333, 333]
+
+
+@pytest.mark.parametrize("total", [3, 7, 9, 10, 1000])
+@pytest.mark.parametrize("sizes", [(), (48,), (32, 48), (24, 32, 48)])
+def test_patience_counts_from_the_last_size_on(sizes, total):
+    by_hand = sum(size_at(step, sizes, total_steps=total) != 48 for step in range(total) if sizes)
+    assert steps_before_last(sizes, total_steps=total) == by_hand
+    config = load_config("finetune:atto,drawn")
+    config.progressive, config.epochs, config.batch_size = sizes, total, 10
+    schedule = make_schedule(config, faces=10, patience=2)
+    assert (schedule.total_steps, schedule.patience_from) == (total, by_hand)
 
 
 def sizes_of_steps(first, count, capsys):

@@ -203,6 +203,29 @@ def test_running_median_is_that_of_the_faces_around_each_year():
     assert plots._running_quantiles(np.array([1, 50]), np.array([1.0, 50.0]), 2).shape == (4, 0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "decode", "words"),
+    [
+        ("conformal", "median", "posterior median, the interval is calibrated to hold the ages of"),
+        ("posterior", "mean", "posterior mean, 90 % of the predicted distribution lie in the"),
+        (None, None, "posterior median, 90 % of the predicted distribution lie in the"),
+    ],
+)
+def test_predictions_say_how_ages_are_read_and_whose_the_intervals_are(
+    kind, decode, words, tmp_path
+):
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    assert report.prediction_blocks(tmp_path) == []
+    (folder / "predictions.png").touch()
+    if kind:
+        (folder / "predictions.csv").write_text(f"file,interval\na.jpg,{kind}\n")
+        (tmp_path / "finetune").mkdir()
+        (tmp_path / "finetune/config.json").write_text(json.dumps({"loss": {"decode": decode}}))
+    text, _ = report.prediction_blocks(tmp_path)
+    assert words in text["text"]
+
+
 def test_spread_of_the_predictions_is_lines_that_cover_no_cell(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, _: drawn.append(figure))

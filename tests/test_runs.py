@@ -348,6 +348,14 @@ def test_fine_tuning_starts_from_the_pretrained_backbone(drawn_root, pretrained,
             np.testing.assert_array_equal(a, b)
 
 
+def test_random_weights_have_no_early_layers_to_spare(drawn_root, pretrained, tmp_path, capsys):
+    for decay, start, told in ((0.75, "", True), (0.75, pretrained, False), (1.0, "", False)):
+        config = tiny("finetune", drawn_root, init_from=str(start))
+        config.optim.layer_decay = decay
+        finetune.open_finetuning(config, tmp_path / "new")
+        assert ("these weights are random" in capsys.readouterr().out) == told
+
+
 def test_fine_tuning_goes_on_with_the_head_where_it_is_asked_for(
     drawn_root, finetuned, tmp_path, monkeypatch
 ):
@@ -489,7 +497,9 @@ BAD_VALUES = (
     *("batch_size=0", "log_every=0", "epochs=-1", "epochs=nan", "ema=2", "mixup=-1"),
     *("model.drop_path=1.5", "model.std=(0,0,0)", "optim.layer_decay=-1", "data.crop=foo"),
     *("augment.crop=0.5", "augment.crop=(1.0,0.5)", "optim.warmup_epochs=99"),
-    *("augment.blur_sigma=(0.0,1.0)", "augment.sharpen=-1.0"),
+    *("augment.blur_sigma=(0.0,1.0)", "augment.sharpen=-1.0", "augment.erase_prob=1.2"),
+    *("optim.lr=0", "optim.lr=nan", "optim.clip_norm=-1", "optim.weight_decay=-0.1"),
+    *("loss.gender=-1", "loss.race=-1", "augment.jitter=-1", "max_minutes=-1"),
     *("monitor.patience=-1", "monitor.every_epochs=inf"),
     *("distill.weight=0", "distill.weight=1.5"),
 )
@@ -617,10 +627,10 @@ def test_training_without_enough_memory_says_how_it_takes_less(
     (line,) = message.strip().splitlines()
     assert status == 1 and line.startswith("coatnet-jax: error: the memory of the device (cpu) ran")
     assert "RESOURCE_EXHAUSTED: Out of memory allocating 4503599627370496 bytes" in line
-    parts = " or give --config.accumulate=2" if stage == "pretrain" else ""
-    assert line.endswith(
-        f": lower --config.batch_size (16 now){parts} or give --config.model.remat=True"
-    )
+    first = "give --config.model.remat=True (the same result, in more time)"
+    assert f": {first} or lower --config.batch_size (16 now)" in line
+    parts = " or give --config.accumulate=2 (images are then compared within a part of the batch "
+    assert (parts in line) == (stage == "pretrain")
 
 
 def test_training_that_ran_out_of_memory_goes_on(drawn_root, tmp_path, monkeypatch, capsys):

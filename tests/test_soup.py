@@ -235,6 +235,17 @@ def test_runs_that_do_not_fit_are_refused(
     soup._read_alike([write_run("again", taught, variables), tmp_path / "another"])
     taught.distill.teachers = f"{tmp_path / 'another'}, {good}"
     soup._read_alike([write_run("reversed", taught, variables), tmp_path / "another"])
+    # Random weights of another seed are other weights, with a teacher too.
+    with taught.unlocked():
+        taught.seed = 1
+    seeded = config.copy_and_resolve_references()
+    seeded.seed = 1
+    for name, of_seed_1 in (("good", seeded), ("another", taught)):
+        with pytest.raises(ValueError, match="started from other weights"):
+            soup._read_alike([tmp_path / name, write_run("seed1", of_seed_1, variables)])
+    seeded.init_from = str(good)  # whose backbone both have
+    both = write_run("seed1", seeded, variables), write_run("seed0", seeded, variables)
+    soup._read_alike(both)
     # To learn from a run is not to start from it.
     started.init_from, started.init_head, started.distill.teachers = "", False, str(good)
     alone = write_run("alone", started, variables)
