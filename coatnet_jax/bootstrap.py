@@ -9,7 +9,7 @@ Intervals are of 95 %. They say how a number would vary with other faces of the 
 it would vary with another training of the model: for that, train with several seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ RESAMPLES = 1000
 Groups = Int[np.ndarray, " n"] | Sequence[int | str] | None
 
 
-def persons(identities: Sequence[str]) -> Int[np.ndarray, " n"] | None:
+def persons_of(identities: Sequence[str]) -> Int[np.ndarray, " n"] | None:
     """The `groups` of faces with these identities, a number a person.
 
     A face of unknown identity ('') is taken for the only one of its person. None where no identity
@@ -31,6 +31,11 @@ def persons(identities: Sequence[str]) -> Int[np.ndarray, " n"] | None:
     numbers = np.unique(identities, return_inverse=True)[1]
     numbers[unknown] = len(numbers) + np.flatnonzero(unknown)
     return None if unknown.all() or len(np.unique(numbers)) < 2 else numbers
+
+
+def drawn_units(result: Mapping[str, Any]) -> str:
+    """'persons' or 'faces': what the intervals of an evaluation or a comparison are over."""
+    return "persons" if "persons" in result else "faces"
 
 
 def resampled_means(

@@ -48,7 +48,7 @@ def test_persons_are_drawn_with_all_of_their_photos(photos):
     found = bootstrap.resampled_means(values, groups=person, seed=5, resamples=50)
     np.testing.assert_allclose(found, expected)
     low, high = bootstrap.bootstrap_interval(
-        values[:, 0], groups=bootstrap.persons(person), seed=5, resamples=50
+        values[:, 0], groups=bootstrap.persons_of(person), seed=5, resamples=50
     )
     assert (low, high) == pytest.approx(np.quantile(np.array(expected)[:, 0], [0.025, 0.975]))
     alone = bootstrap.bootstrap_interval(values[:, 0])
@@ -87,12 +87,12 @@ def test_one_photo_a_person_gives_the_very_numbers_of_faces(groups):
 
 
 def test_unknown_identities_are_persons_of_their_own():
-    found = bootstrap.persons(["", "b", "a", "", "b"])
+    found = bootstrap.persons_of(["", "b", "a", "", "b"])
     assert found[1] == found[4] and len(set(found)) == 4
-    assert bootstrap.persons(["", "", ""]) is None  # nothing is known
-    assert bootstrap.persons(["a", "a"]) is None  # nobody to draw in place of a
-    assert bootstrap.persons([]) is None
-    assert len(set(bootstrap.persons(["a", "a", ""]))) == 2
+    assert bootstrap.persons_of(["", "", ""]) is None  # nothing is known
+    assert bootstrap.persons_of(["a", "a"]) is None  # nobody to draw in place of a
+    assert bootstrap.persons_of([]) is None
+    assert len(set(bootstrap.persons_of(["a", "a", ""]))) == 2
     with pytest.raises(ValueError, match="2 groups for 3 rows"):
         bootstrap.resampled_means(np.zeros((3, 1)), groups=[1, 2])
 
