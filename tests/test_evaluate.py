@@ -244,6 +244,15 @@ def joined(monkeypatch, many, tmp_path):
     )  # fmt: skip
 
 
+def plain_interval(values, person, draws=1000):
+    """The 95 % interval of the mean where persons are drawn with all of their photos, in a loop."""
+    rng, names, means = np.random.default_rng(0), list(dict.fromkeys(person)), []
+    for _ in range(draws):
+        drawn = rng.integers(0, len(names), len(names))
+        means.append(np.mean(np.concatenate([values[person == names[i]] for i in drawn])))
+    return np.quantile(means, [0.025, 0.975])
+
+
 def test_run_writes_all_files_with_a_row_for_each_image(joined, tmp_path, capsys):
     joined.model.has_attributes = True
     joined.model.attributes = lambda index: np.eye(7)[joined.age[index] % 2]
@@ -359,25 +368,20 @@ def test_copies_that_a_published_table_tears_apart_are_counted_and_left_out_once
     faces = joined.faces["test"]
     faces.labels["file"] = np.array([f"test_{i}.jpg" for i in range(len(faces))])
     faces.labels["pixel_hash"][[3, 7]] = "train0"
+    faces.labels["identity"] = person = np.array([f"p{i // 5}" for i in range(500)])
     result = evaluate.run(joined.run, joined.data)
     assert (result["images"], result["leak_check"]["identical"]) == (500, 2)
     rest = np.delete(np.abs(joined.guess - joined.age), [3, 7])
     found = result["without_copies"]
     assert (found["images"], found["mae"]) == (498, pytest.approx(rest.mean(), abs=0.01))
     assert found["cs5"] == pytest.approx(np.mean(rest <= 5), abs=0.01)
+    alone = np.delete(person, [3, 7])[::-1]
+    expected = plain_interval(rest[::-1], alone)
+    assert found["mae_interval"] == pytest.approx(expected, abs=0.02)
     told = f"2 of these faces are pixel-identical copies .* 498: MAE {found['mae']:.2f} years"
     page = (joined.run / "evaluate" / "test" / "report.md").read_text()
     assert re.search(told, page) and re.search(told, capsys.readouterr().out)
     assert "none of the faces evaluated" not in page
-
-
-def plain_interval(values, person, draws=1000):
-    """The 95 % interval of the mean where persons are drawn with all of their photos, in a loop."""
-    rng, names, means = np.random.default_rng(0), list(dict.fromkeys(person)), []
-    for _ in range(draws):
-        drawn = rng.integers(0, len(names), len(names))
-        means.append(np.mean(np.concatenate([values[person == names[i]] for i in drawn])))
-    return np.quantile(means, [0.025, 0.975])
 
 
 def test_intervals_are_over_persons_where_they_are_known(joined):
