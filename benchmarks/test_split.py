@@ -17,7 +17,7 @@ import numpy as np
 from dlib_package import load
 from wild_photos import scored
 
-from coatnet_jax.bootstrap import paired_difference
+from coatnet_jax.bootstrap import paired_difference, persons_of
 from coatnet_jax.logs import environment
 from coatnet_jax.pages import markdown_table, write_json
 from coatnet_jax.paths import data_folder
@@ -63,7 +63,8 @@ def main() -> None:
     every = np.ones(len(rows), bool)
     table = [scored(name, side, age, every) for name, side in sides.items()]
     errors = [np.abs(sides[name]["age"] - age) for name in ("dlib", "ours")]
-    difference = paired_difference(*errors)
+    persons = persons_of(faces.labels["identity"][rows])
+    difference = paired_difference(*errors, groups=persons)
     low, high = difference["interval"]
     print(markdown_table(table))
     print(

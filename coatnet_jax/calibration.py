@@ -20,11 +20,12 @@ def calibration(
     *,
     confidence: Float[np.ndarray, " n"],
     hit: Bool[np.ndarray, " n"],
+    persons: Int[np.ndarray, " n"] | None = None,
     seed: int = 0,
     resamples: int = 1000,
 ) -> dict[str, Any]:
     """All of this module as plain numbers; `confidence` is the probability of the class answered,
-    `hit` whether it was right."""
+    `hit` whether it was right. Intervals are over `persons`, a number a face, or over faces."""
     bins = reliability(confidence, hit)
     return {
         "ece": expected_calibration_error(bins),
@@ -32,7 +33,7 @@ def calibration(
         "reliability": bins,
         "pit": pit_histogram(p, age).tolist(),
         "quantile_error": quantile_error(p, age),
-        "intervals": quantile_coverage(p, age, seed=seed, resamples=resamples),
+        "intervals": quantile_coverage(p, age, persons=persons, seed=seed, resamples=resamples),
     }
 
 
@@ -71,6 +72,7 @@ def quantile_coverage(
     p: Float[np.ndarray, "n 117"],
     age: Int[np.ndarray, " n"],
     *,
+    persons: Int[np.ndarray, " n"] | None = None,
     seed: int = 0,
     resamples: int = 1000,
 ) -> list[dict[str, Any]]:
@@ -87,7 +89,9 @@ def quantile_coverage(
             {
                 "level": level,
                 "covered": float(inside.mean()),
-                "interval": bootstrap_interval(inside, seed=seed, resamples=resamples),
+                "interval": bootstrap_interval(
+                    inside, groups=persons, seed=seed, resamples=resamples
+                ),
                 "width": float((high - low).mean()),
             }
         )

@@ -7,7 +7,7 @@ again; a run that was not evaluated yet is evaluated first.
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 
 from coatnet_jax import evaluation_plots
 from coatnet_jax.ages import age_class
-from coatnet_jax.bootstrap import bootstrap_interval, paired_difference
+from coatnet_jax.bootstrap import bootstrap_interval, paired_difference, persons_of
 from coatnet_jax.checkpoint import FOLDER, best_step
 from coatnet_jax.config import flat, read_json
+from coatnet_jax.evaluation_page import drawn_over
 from coatnet_jax.pages import (
     markdown_table,
     percent,
@@ -39,12 +40,16 @@ WANTED = ("data_name", "step", "images", "conformal", *MEASURES)  # of metrics.j
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A run's name, its evaluation (metrics.json), its flat config, and its predictions by face."""
+    """A run's name, its evaluation (metrics.json), its flat config, and its predictions by face.
+
+    identities: of the faces whose person is known.
+    """
 
     name: str
     metrics: Mapping[str, Any]
     config: Mapping[str, Any]
     predictions: Mapping[tuple[str, str], tuple[int, float]]  # (file, hash): (age, predicted)
+    identities: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 def run(
@@ -117,14 +122,14 @@ def read_run(path: Path, evaluation: str, *, name: str = "") -> Evaluated:
     if older or len(rows) != metrics["images"]:
         why = "was written by an older version" if older else "is damaged (faces are missing)"
         raise ValueError(f"{folder} {why}: run coatnet-jax evaluate {path} again")
-    predictions = {
-        (row["file"], row["pixel_hash"]): (int(row["age"]), float(row["predicted"])) for row in rows
-    }
+    keyed = {(row["file"], row["pixel_hash"]): row for row in rows}
+    predictions = {face: (int(row["age"]), float(row["predicted"])) for face, row in keyed.items()}
+    identities = {face: row["identity"] for face, row in keyed.items() if row.get("identity")}
     config = OLDER | flat(read_json(path / "config.json"))
     config |= {f"evaluate.{key}": metrics[key] for key in HOW if key in metrics}
     if averaged := read_json(path / "run.json", optional=True).get("averaged"):
         config["averaged"] = averaged  # a soup has the config of its best run
-    return Evaluated(name or path.name, metrics, config, predictions)
+    return Evaluated(name or path.name, metrics, config, predictions, identities)
 
 
 def compare(runs: Sequence[Evaluated]) -> dict[str, Any]:
@@ -139,6 +144,9 @@ def compare(runs: Sequence[Evaluated]) -> dict[str, Any]:
         raise ValueError(f"the runs were evaluated on no common faces ({places})")
     if len(common) == 1:
         raise ValueError("the runs have one face in common, which tells no difference")
+    # Evaluations of an older version do not say who is on a photo: any run may.
+    known = {face: person for run in runs for face, person in run.identities.items()}
+    persons = persons_of([known.get(face, "") for face in common])
     age = np.array([runs[0].predictions[face][0] for face in common])
     scores = []
     for run in runs:
@@ -154,9 +162,10 @@ def compare(runs: Sequence[Evaluated]) -> dict[str, Any]:
         row |= {"step": run.metrics["step"], "seed": run.config.get("seed")}
         for key, values in score.items():
             row[key] = float(values.mean())
-            row[f"{key}_interval"] = bootstrap_interval(values)
+            row[f"{key}_interval"] = bootstrap_interval(values, groups=persons)
             if run is not runs[0]:
-                row[f"{key}_difference"] = paired_difference(scores[0][key], values)
+                found = paired_difference(scores[0][key], values, groups=persons)
+                row[f"{key}_difference"] = found
         row["evaluated"] = {key: run.metrics[key] for key in MEASURES}
         row["covered"] = run.metrics["conformal"]["covered"]
         row["trained_splits"] = run.metrics.get("trained_on", {}).get("splits", "")
@@ -164,6 +173,7 @@ def compare(runs: Sequence[Evaluated]) -> dict[str, Any]:
     return {
         "data_name": names.pop(),
         "common_faces": len(common),
+        **({} if persons is None else {"persons": len(np.unique(persons))}),
         "left_out": {run.name: len(run.predictions) - len(common) for run in runs},
         "runs": rows,
         "seeds": seed_groups(runs, rows),
@@ -288,8 +298,8 @@ def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     about = (
         f"Every run on the same {result['common_faces']:,} faces. Differences are paired: each "
         "face is drawn with the answers of both runs, so that hard faces cancel out. The 95 % "
-        "bootstrap intervals are over faces; how much a training varies by itself, only several "
-        "seeds tell."
+        f"bootstrap intervals are {drawn_over(result)}; how much a training varies by itself, only "
+        "several seeds tell."
     )
     if left_out:
         listed = ", ".join(f"{n:,} of {name}" for name, n in left_out.items())

@@ -25,7 +25,7 @@ from coatnet_jax.ages import (
     class_probabilities,
     get_decoder,
 )
-from coatnet_jax.bootstrap import balanced_accuracy_interval, bootstrap_interval
+from coatnet_jax.bootstrap import balanced_accuracy_interval, bootstrap_interval, persons_of
 from coatnet_jax.calibration import calibration
 from coatnet_jax.conformal import (
     LEVEL,
@@ -111,6 +111,8 @@ def run(
         model, faces, partial(model.probabilities, flip=flip), done="evaluated"
     )
     age, rows = labels["age"], labels["index"]
+    identity = np.asarray(faces.labels["identity"])[rows]
+    persons = persons_of(identity)
     result = {
         "run": str(run_dir),
         "step": int(model.step),
@@ -132,7 +134,7 @@ def run(
         "sides": list(model.sides),
         "loss": model.config.loss.name,
         "environment": environment(),
-        **score(p, age, train_age=trained.labels["age"], decode=decode),
+        **score(p, age, train_age=trained.labels["age"], persons=persons, decode=decode),
     }
     reports = {PACKAGED.resolve(): "evaluation", SMALL.resolve(): "evaluation_small"}
     packaged = reports.get(run_dir.resolve())
@@ -145,16 +147,23 @@ def run(
     else:
         constants = read_constants(run_dir, step=model.step) if as_predicted else None
     low, high = intervals(p, constants, decode=decode)
-    result["conformal"] = interval_scores(p, age, low, high, constants)
+    result["conformal"] = interval_scores(p, age, low, high, constants, persons=persons)
     if constants and trained.validation is not None:
         seen = trained_on(faces, trained.validation)
         result["conformal"]["calibrated_on_these"] = int(seen.sum())
     if leak_check["identical"]:
         apart = ~trained_on(faces, trained.train)[rows]
-        scores = score(p[apart], age[apart], train_age=trained.labels["age"], decode=decode)
+        scores = score(
+            p[apart],
+            age[apart],
+            train_age=trained.labels["age"],
+            persons=persons_of(identity[apart]),
+            decode=decode,
+        )
         result["without_copies"] = {key: scores[key] for key in WITHOUT_COPIES}
     result["unknown"] = unknown_counts(labels)
-    result["groups"] = group_table(face_measures(p, age, low, high, decode=decode), labels)
+    measures = face_measures(p, age, low, high, decode=decode)
+    result["groups"] = group_table(measures, labels, persons=persons)
     if model.has_attributes and _any_known(faces.labels):
         q, _ = predict_split(model, faces, model.attributes, done="read gender and race of")
         attributes = {"gender": q[:, :2], "race": q[:, 2:]}
@@ -163,6 +172,10 @@ def run(
     out = Path(out) if out else Path(packaged or run_dir / "evaluate") / _folder_name(result)
     columns = {key: np.asarray(faces.labels[key])[rows] for key in ("pixel_hash", "gender", "race")}
     columns |= {"low": np.round(low, 2), "high": np.round(high, 2)}
+    if (identity != "").any():
+        # As the labels hold it, digits instead of the name (`names.person_id`): who is on a photo
+        # is personal, and to draw one person's photos together the name is not needed.
+        columns["identity"] = identity
     (out / "worst.png").unlink(missing_ok=True)  # of an earlier run that showed faces
     if show_faces:
         predicted = get_decoder(decode)(np.asarray(p, np.float64))
@@ -226,16 +239,19 @@ def interval_scores(
     low: Float[np.ndarray, " n"],
     high: Float[np.ndarray, " n"],
     constants: Mapping[str, Any] | None,
+    *,
+    persons: Int[np.ndarray, " n"] | None = None,
 ) -> dict[str, Any]:
-    """Share of ages inside, its 95 % interval, mean width in years; of the raw posterior beside."""
+    """Share of ages inside, mean width in years, each with its 95 % interval, over `persons` where
+    they are given; those of the raw posterior beside."""
     inside = (low <= age) & (age <= high)
     raw_low, raw_high = posterior_interval(p)
     return {
         "constants": constants,
         "covered": float(inside.mean()),
-        "covered_interval": bootstrap_interval(inside),
+        "covered_interval": bootstrap_interval(inside, groups=persons),
         "width": float((high - low).mean()),
-        "width_interval": bootstrap_interval(high - low),
+        "width_interval": bootstrap_interval(high - low, groups=persons),
         "raw_covered": float(((raw_low <= age) & (age <= raw_high)).mean()),
         "raw_width": float((raw_high - raw_low).mean()),
     }
@@ -267,6 +283,7 @@ def score(
     age: Int[np.ndarray, " n"],
     *,
     train_age: Int[np.ndarray, " m"],
+    persons: Int[np.ndarray, " n"] | None = None,
     decode: str = "median",
     seed: int = 0,
     resamples: int = 1000,
@@ -274,8 +291,9 @@ def score(
     """All measures of the age posteriors `p` against the true ages, as plain numbers.
 
     Errors are in years, rates are shares 0-1, intervals are 95 % bootstrap intervals over the
-    faces. What cannot be computed because a class or band is empty is None. Raises ValueError when
-    there are no faces or `p` holds NaN.
+    faces; with `persons`, a number a face (`bootstrap.persons_of`), over these, and how many they
+    are is there too. What cannot be computed because a class or band is empty is None. Raises
+    ValueError when there are no faces or `p` holds NaN.
     """
     p, age, train_age = np.asarray(p, np.float64), np.asarray(age), np.asarray(train_age)
     if not len(age):
@@ -293,23 +311,25 @@ def score(
     hit = true_class == predicted_class
     confidence = class_probabilities(p / p.sum(-1, keepdims=True))
     matrix = confusion_matrix(true_class, predicted_class, len(CLASS_NAMES))
+    interval = partial(bootstrap_interval, groups=persons, seed=seed, resamples=resamples)
     return {
         "images": len(age),
+        **({} if persons is None else {"persons": len(np.unique(persons))}),
         "decode": decode,
         "mae": mae(age, predicted),
-        "mae_interval": bootstrap_interval(error, seed=seed, resamples=resamples),
+        "mae_interval": interval(error),
         "median_error": float(np.median(error)),
         "p90_error": float(np.quantile(error, 0.9)),
         "bias": float(signed.mean()),
-        "bias_interval": bootstrap_interval(signed, seed=seed, resamples=resamples),
+        "bias_interval": interval(signed),
         "cs5": cumulative_score(signed, within=5),
-        "cs5_interval": bootstrap_interval(error <= 5, seed=seed, resamples=resamples),
+        "cs5_interval": interval(error <= 5),
         "cs": cumulative_scores(signed),
         "accuracy": accuracy(true_class, predicted_class),
-        "accuracy_interval": bootstrap_interval(hit, seed=seed, resamples=resamples),
+        "accuracy_interval": interval(hit),
         "balanced_accuracy": balanced_accuracy(true_class, predicted_class),
         "balanced_accuracy_interval": balanced_accuracy_interval(
-            true_class, predicted_class, seed=seed, resamples=resamples
+            true_class, predicted_class, groups=persons, seed=seed, resamples=resamples
         ),
         "accuracy_of_class_sums": accuracy(true_class, class_probabilities(p).argmax(-1)),
         "baseline": baseline(age, train_age),
@@ -321,6 +341,7 @@ def score(
             age,
             confidence=np.take_along_axis(confidence, predicted_class[:, None], axis=1)[:, 0],
             hit=hit,
+            persons=persons,
             seed=seed,
             resamples=resamples,
         ),
@@ -547,7 +568,9 @@ def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
         {**row, **{key: percent(row.get(key)) for key in ("accuracy", "macro_f1", "constant")}}
         for row in result.get("attributes", [])
     ]
-    headline = [*evaluation_page.headline(result), {"table": headline_table(result)}]
+    note = f"the 95 % bootstrap intervals are {evaluation_page.drawn_over(result)}"
+    table = {"table": headline_table(result), "note": note}
+    headline = [*evaluation_page.headline(result), table]
     if attributes:
         headline.append({"table": attributes, "note": "the auxiliary heads, known labels only"})
     return [

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from coatnet_jax.ages import DECODED
+from coatnet_jax.bootstrap import drawn_units
 from coatnet_jax.conformal import METHOD
 from coatnet_jax.groups import MINIMUM
 from coatnet_jax.pages import percent, share_range
@@ -41,6 +42,14 @@ def headline(result: Mapping[str, Any]) -> list[Block]:
         note = f"should be 90 %; {found['width']:.0f} years wide"
         facts.append((percent(found["covered"]), "inside their interval", note))
     return [{"facts": facts}, {"text": in_words(result)}, {"text": circumstances(result)}]
+
+
+def drawn_over(result: Mapping[str, Any]) -> str:
+    """'over faces', or 'over 120 persons, …' where it is known who they are: what the bootstrap
+    draws, of an evaluation or a comparison."""
+    if "persons" not in result:
+        return "over faces"
+    return f"over {result['persons']:,} persons, each drawn with all of their photos"
 
 
 def in_words(result: Mapping[str, Any]) -> str:
@@ -229,10 +238,11 @@ def group_blocks(result: Mapping[str, Any], folder: Path) -> list[Block]:
     rows = result.get("groups", [])
     if not rows:
         return []
+    drawn = drawn_units(result)
     text = (
-        f"Bars are 95 % bootstrap intervals. Groups of fewer than {MINIMUM} faces are shown, but "
-        "say nothing; groups differ in their ages and pictures, so that a difference between them "
-        "has more than one cause."
+        f"Bars are 95 % bootstrap intervals over {drawn}. Groups of fewer than {MINIMUM} {drawn} "
+        "are shown, but say nothing; groups differ in their ages and pictures, so that a "
+        "difference between them has more than one cause."
     )
     total, unknown = result["images"], result.get("unknown", {})
     # Where nothing of the kind is known there are no such groups to miss anyone.

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from coatnet_jax.ages import CLASS_NAMES, age_class
+from coatnet_jax.bootstrap import drawn_units
+from coatnet_jax.groups import MINIMUM
 from coatnet_jax.palette import BLUE, GREY, INK, MUTED, ORANGE, RED, SKY
 from coatnet_jax.pictures import captioned, contact_sheet
 from coatnet_jax.plots import STYLE, save_figure
@@ -173,7 +175,7 @@ def group_dots(
         labels = [f"{name}  ({found[0]['support']:,})" for name, found in lines]
         panels[0].set_yticks(range(len(lines)), labels, fontsize=10, color=INK)
         panels[0].set_ylim(len(lines) - 0.4, -0.6)
-        handles = _legend_handles(lines, legend if several else ())
+        handles = _legend_handles(lines, legend if several else (), drawn_units(result))
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=10)
         return save_figure(figure, path)
 
@@ -198,14 +200,14 @@ def _breaks(lines) -> list[float]:
     return [i - 0.5 for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
 
 
-def _legend_handles(lines, names: Sequence[str]) -> list[Line2D]:
+def _legend_handles(lines, names: Sequence[str], drawn: str) -> list[Line2D]:
     dot = {"marker": "o", "linestyle": ""}
     handles = [
         Line2D([], [], color=colour, label=name, **dot)
         for name, colour in zip(names, SERIES_COLOURS, strict=False)
     ]
     if any(row["few"] for _, found in lines for row in found if row is not None):
-        label = "fewer than 20 faces"
+        label = f"fewer than {MINIMUM} {drawn}"
         handles.append(Line2D([], [], color=MUTED, markerfacecolor="white", label=label, **dot))
     return [*handles, Line2D([], [], color=RED, linestyle=(0, (5, 3)), label="over all faces")]
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from coatnet_jax.bootstrap import RESAMPLES, resampled_means
 from coatnet_jax.palette import GENDER_NAMES, RACE_NAMES
 
-MINIMUM = 20  # faces; below, a group is shown and marked as too small to judge
+MINIMUM = 20  # faces (persons, where known); below, a group is marked as too small to judge
 BANDS = tuple((start, min(start + 9, 116)) for start in range(0, 120, 10))
 
 
@@ -22,24 +22,28 @@ def group_table(
     measures: Mapping[str, Float[np.ndarray, " n"]],
     labels: Mapping[str, Int[np.ndarray, " n"]],
     *,
+    persons: Int[np.ndarray, " n"] | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> list[dict[str, Any]]:
     """One row a group: `by` (what it is a group by), `group`, `support`, `few`, and for each of the
     measures (one value a face) its mean and `<measure>_interval` of 95 %.
 
-    `few` marks fewer than `MINIMUM` faces. Means are None in a group without faces, intervals in
-    one with fewer than two. Where gender or race is unknown of every face there are no groups by
+    Intervals are over `persons`, a number a face, and without them over faces. `few` marks fewer
+    than `MINIMUM` of these. Means are None in a group without faces, intervals in one with fewer
+    than two faces or persons. Where gender or race is unknown of every face there are no groups by
     it; a face of which it is unknown is in none of them.
     """
     values = np.stack([np.asarray(v, np.float64) for v in measures.values()], axis=1)
     rows = []
     for by, name, inside in groups(labels):
         support = int(inside.sum())
-        row = {"by": by, "group": name, "support": support, "few": support < MINIMUM}
-        chosen = values[inside]
+        chosen, who = values[inside], None if persons is None else persons[inside]
+        drawn = support if who is None else len(np.unique(who))
+        row = {"by": by, "group": name, "support": support, "few": drawn < MINIMUM}
         means = chosen.mean(axis=0) if support else np.full(len(measures), np.nan)
-        draws = resampled_means(chosen, seed=seed, resamples=resamples) if support > 1 else None
+        told = {"groups": who, "seed": seed, "resamples": resamples}
+        draws = resampled_means(chosen, **told) if drawn > 1 else None
         for k, measure in enumerate(measures):
             row[measure] = float(means[k]) if support else None
             row[f"{measure}_interval"] = (

@@ -5,6 +5,7 @@ from typing import Any
 
 import ml_collections
 
+from coatnet_jax.bootstrap import drawn_units
 from coatnet_jax.inference import sides_of
 from coatnet_jax.terms import DISCOURAGED, LIMITS, OTHER_LIMITS, data_terms, training_split
 
@@ -125,7 +126,7 @@ def _scores(result: Mapping[str, Any]) -> str:
         rows.append((label, f"{100 * result[key]:.1f} %", ends, f"{100 * base[key]:.1f} %"))
     title = (
         f"{result['images']:,} faces of the {result['split']} split, none of them trained on; with "
-        "95 % bootstrap intervals, beside the best constant answer."
+        f"95 % bootstrap intervals over {drawn_units(result)}, beside the best constant answer."
     )
     return title + "\n\n" + _table(("", "model", "95 % interval", "constant"), rows)
 

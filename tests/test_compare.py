@@ -11,7 +11,10 @@ from coatnet_jax import compare
 from coatnet_jax.pages import write_csv
 
 
-def write_run(path, predicted, *, seed=0, lr=1e-3, age=None, files=None, data="utkface", **config):
+def write_run(
+    path, predicted, *, seed=0, lr=1e-3, age=None, files=None, identities=None, data="utkface",
+    **config,
+):  # fmt: skip
     """What compare reads of an evaluated run; face i has the age 20 + i unless told."""
     n = len(predicted)
     age = np.arange(20, 20 + n) if age is None else age
@@ -27,6 +30,8 @@ def write_run(path, predicted, *, seed=0, lr=1e-3, age=None, files=None, data="u
         {"file": f, "age": a, "predicted": p, "pixel_hash": f"h{f}"}
         for f, a, p in zip(files, age, predicted, strict=True)
     ]
+    if identities is not None:
+        rows = [row | {"identity": i} for row, i in zip(rows, identities, strict=True)]
     write_csv(folder / "predictions.csv", rows)
     return path
 
@@ -88,6 +93,38 @@ def test_only_faces_that_all_runs_have_count(tmp_path):
     assert result["common_faces"] == 4 and result["left_out"] == {"a": 6, "b": 0}
     assert result["runs"][1]["mae_difference"]["difference"] == pytest.approx(2)
     assert "left out: 6 of a" in (tmp_path / "out/report.md").read_text()
+
+
+def test_persons_are_drawn_where_an_evaluation_says_who_they_are(runs, tmp_path):
+    over_faces = compare.run(runs[:2], out=tmp_path / "out")
+    assert "persons" not in over_faces
+    assert "intervals are over faces" in (tmp_path / "out/report.md").read_text()
+    person = np.array([f"p{i // 5}" for i in range(40)])
+    person[0] = ""  # unknown: a person of its own
+    errors = []
+    for name, path in zip("de", runs, strict=False):  # the first, of an older version, says nothing
+        rows = list(csv.DictReader((path / "evaluate/test/predictions.csv").open()))
+        predicted = np.array([float(row["predicted"]) for row in rows])
+        told = person if name == "e" else None
+        write_run(tmp_path / name, predicted, seed="de".index(name), identities=told)
+        errors.append(np.abs(predicted - np.arange(20, 60)))
+    result = compare.run([tmp_path / "d", tmp_path / "e"], out=tmp_path / "out")
+    assert result["persons"] == 9
+    order = np.argsort([f"{i}.jpg" for i in range(40)])  # in which compare holds the faces
+    alone = np.where(person == "", "alone", person)[order]
+    rng, means, names = np.random.default_rng(0), [], list(dict.fromkeys(alone))
+    for _ in range(1000):
+        rows = [np.flatnonzero(alone == names[i]) for i in rng.integers(0, 9, 9)]
+        drawn = order[np.concatenate(rows)]
+        means.append([errors[0][drawn].mean(), (errors[1] - errors[0])[drawn].mean()])
+    first, change = np.quantile(means, [0.025, 0.975], axis=0).T
+    assert result["runs"][0]["mae_interval"] == pytest.approx(first)
+    found = result["runs"][1]["mae_difference"]
+    assert found["interval"] == pytest.approx(change)
+    before = over_faces["runs"][1]["mae_difference"]
+    assert found["difference"] == pytest.approx(before["difference"])
+    assert found["interval"] != before["interval"]
+    assert "intervals are over 9 persons" in (tmp_path / "out/report.md").read_text()
 
 
 def test_older_configs_are_those_of_the_values_then(tmp_path):

@@ -185,6 +185,7 @@ def fake_faces(age, split):
         "gender": age % 2,
         "race": age % 5,
         "file": np.array([f"{a}_{i}.jpg" for i, a in enumerate(age)]),
+        "identity": np.full(len(age), ""),
         "pixel_hash": np.array([f"{split}{i}" for i in range(len(age))]),
     }
     return FakeFaces(labels=labels, split=split, fingerprint="print")
@@ -242,6 +243,15 @@ def joined(monkeypatch, many, tmp_path):
         model=model, faces=faces, seen=seen, age=age, guess=guess,
         run=tmp_path / "run", data=tmp_path / "data",
     )  # fmt: skip
+
+
+def plain_interval(values, person, draws=1000):
+    """The 95 % interval of the mean where persons are drawn with all of their photos, in a loop."""
+    rng, names, means = np.random.default_rng(0), list(dict.fromkeys(person)), []
+    for _ in range(draws):
+        drawn = rng.integers(0, len(names), len(names))
+        means.append(np.mean(np.concatenate([values[person == names[i]] for i in drawn])))
+    return np.quantile(means, [0.025, 0.975])
 
 
 def test_run_writes_all_files_with_a_row_for_each_image(joined, tmp_path, capsys):
@@ -359,16 +369,64 @@ def test_copies_that_a_published_table_tears_apart_are_counted_and_left_out_once
     faces = joined.faces["test"]
     faces.labels["file"] = np.array([f"test_{i}.jpg" for i in range(len(faces))])
     faces.labels["pixel_hash"][[3, 7]] = "train0"
+    faces.labels["identity"] = person = np.array([f"p{i // 5}" for i in range(500)])
     result = evaluate.run(joined.run, joined.data)
     assert (result["images"], result["leak_check"]["identical"]) == (500, 2)
     rest = np.delete(np.abs(joined.guess - joined.age), [3, 7])
     found = result["without_copies"]
     assert (found["images"], found["mae"]) == (498, pytest.approx(rest.mean(), abs=0.01))
     assert found["cs5"] == pytest.approx(np.mean(rest <= 5), abs=0.01)
+    alone = np.delete(person, [3, 7])[::-1]
+    expected = plain_interval(rest[::-1], alone)
+    assert found["mae_interval"] == pytest.approx(expected, abs=0.02)
     told = f"2 of these faces are pixel-identical copies .* 498: MAE {found['mae']:.2f} years"
     page = (joined.run / "evaluate" / "test" / "report.md").read_text()
     assert re.search(told, page) and re.search(told, capsys.readouterr().out)
     assert "none of the faces evaluated" not in page
+
+
+def test_intervals_are_over_persons_where_they_are_known(joined):
+    over_faces = evaluate.run(joined.run, joined.data)
+    folder = joined.run / "evaluate" / "test"
+    table, page = (folder / "predictions.csv").read_text(), (folder / "report.md").read_text()
+    assert "identity" not in table.splitlines()[0] and "persons" not in over_faces
+    assert "intervals are over faces" in page and "persons" not in page
+    person = np.array([f"{i % 60:016x}" for i in range(500)])
+    person[::50] = ""  # ten faces of unknown persons
+    joined.faces["test"].labels["identity"] = person
+    result = evaluate.run(joined.run, joined.data)
+    with (folder / "predictions.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    named = {row["file"]: row["identity"] for row in rows}
+    assert [named[file] for file in joined.faces["test"].labels["file"]] == person.tolist()
+    alone = [row["identity"] or row["file"] for row in rows]
+    assert result["persons"] == len(set(alone)) == 70
+    alone, width = np.array(alone), np.array([float(r["high"]) - float(r["low"]) for r in rows])
+    age, guess = joined.age[::-1], joined.guess[::-1]  # the order in which the fake predicts
+    inside = np.array([float(r["low"]) <= int(r["age"]) <= float(r["high"]) for r in rows])
+    found = result["conformal"]
+    assert found["covered_interval"] == pytest.approx(plain_interval(inside, alone))
+    assert found["width_interval"] == pytest.approx(plain_interval(width, alone), abs=0.01)
+    error = np.abs(guess - age)
+    for key, values in (("mae", error), ("cs5", error <= 5)):
+        expected = plain_interval(values, alone)
+        assert result[f"{key}_interval"] == pytest.approx(expected, abs=0.02)
+    for key in ("mae", "balanced_accuracy", "bias", "accuracy"):  # no other number changes
+        assert result[key] == over_faces[key]
+        assert result[f"{key}_interval"] != over_faces[f"{key}_interval"]
+    for kind in ("calibration", "groups"):
+        assert result[kind] != over_faces[kind]
+    page = (folder / "report.md").read_text()
+    assert "intervals are over 70 persons" in page and "fewer than 20 persons" in page
+
+
+def test_photos_of_one_person_alone_have_intervals_over_faces(joined):
+    over_faces = evaluate.run(joined.run, joined.data)
+    joined.faces["test"].labels["identity"] = np.full(500, "ab12")
+    result = evaluate.run(joined.run, joined.data)
+    assert result == over_faces
+    table = (joined.run / "evaluate/test/predictions.csv").read_text().splitlines()
+    assert table[0].endswith(",identity") and table[1].endswith(",ab12")
 
 
 def test_page_tells_what_earlier_stages_saw(joined, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from coatnet_jax.bootstrap import bootstrap_interval
 from coatnet_jax.groups import group_table, unknown_counts
 from coatnet_jax.palette import GENDER_NAMES, RACE_NAMES
 
@@ -59,6 +60,23 @@ def test_interval_of_a_group_is_that_of_its_own_faces(faces):
     half = 1.96 * values.std() / np.sqrt(len(values))
     expected = [values.mean() - half, values.mean() + half]
     assert row["bias_interval"] == pytest.approx(expected, abs=0.12)
+
+
+def test_groups_are_judged_by_their_persons(faces):
+    labels, measures = faces
+    person = np.repeat(np.arange(40), 15)
+    one = person == 7
+    labels = labels | {"gender": one.astype(int), "race": np.where(person < 25, 0, 1)}
+    rows = {row["group"]: row for row in group_table(measures, labels, persons=person)}
+    alone = {row["group"]: row for row in group_table(measures, labels)}
+    # A person cannot be drawn in place of another where there is no other.
+    assert rows["female"]["mae_interval"] is None and rows["female"]["few"]
+    assert alone["female"]["mae_interval"] and rows["female"]["mae"] == alone["female"]["mae"]
+    assert (rows["White"]["few"], rows["Black"]["few"]) == (False, True)  # 25 and 15 persons
+    inside = person < 25
+    expected = bootstrap_interval(measures["bias"][inside], groups=person[inside])
+    assert rows["White"]["bias_interval"] == pytest.approx(expected)
+    assert rows["White"]["bias_interval"] != alone["White"]["bias_interval"]
 
 
 def test_unknown_labels_make_no_group_and_are_counted(faces):
