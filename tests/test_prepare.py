@@ -481,6 +481,51 @@ def test_wrong_settings_raise_one_clear_line(tmp_path, monkeypatch, options, rea
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("s.csv", b"file,part\na.jpg,train\n", "but split must be among them"),
+        ("s.csv", b"file,split\na.jpg,\n", "line 2: file or split is empty"),
+        ("s.csv.gz", b"\x1f\x8b\x08 cut", "cannot be unpacked .*: fetch it again"),
+        ("s.csv", None, "split file .*s.csv does not exist"),
+    ],
+)
+def test_bad_split_file_is_told_before_any_picture_is_read(tmp_path, name, content, reason):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    source, lines = write_zip(tmp_path / "faces.zip", faces(4)), []
+    with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
+        prepare(
+            source, tmp_path / "data", splits={"theirs": tmp_path / name}, progress=lines.append
+        )
+    assert "\n" not in str(error.value) and not lines and not (tmp_path / "data").exists()
+
+
+def test_name_of_our_own_splits_is_refused_before_any_picture_is_read(tmp_path):
+    lines = []
+    made = quiet(write_zip(tmp_path / "faces.zip", faces(4)), tmp_path)["protocols"]
+    for name in made:
+        (tmp_path / "s.csv").write_text("file,split\na.jpg,train\n")
+        with pytest.raises(ValueError, match=f"the splits {name} are made here"):
+            prepare(
+                tmp_path / "faces.zip",
+                tmp_path / "data",
+                splits={name: tmp_path / "s.csv"},
+                progress=lines.append,
+            )
+    assert len(made) == 8 and not lines
+
+
+def test_split_file_at_home_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = faces(8)
+    rows = "".join(f"{path},train\n" for path in files)
+    (tmp_path / "s.csv").write_text(f"file,split\n{rows}")
+    source = write_zip(tmp_path / "faces.zip", files)
+    info = quiet(source, tmp_path / "data", splits={"theirs": "~/s.csv"})
+    assert info["protocols"]["theirs"]["splits"] == {"train": 8}
+
+
 def encode(image, kind, **options):
     out = io.BytesIO()
     image.save(out, kind, **options)
