@@ -174,17 +174,20 @@ def describe(source: Source) -> list[tuple[str, int, int]]:
         files = [path / name for name in walk_files(path)] if path.is_dir() else [path]
         for file in files:
             name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            try:
+            if file.exists():
                 stat = file.stat()
-            except FileNotFoundError:  # a link to nothing, which reading will list as such
-                rows.append((name, 0, 0))
-            else:
                 rows.append((name, stat.st_size, stat.st_mtime_ns))
+            else:  # a link to nothing or to itself, which reading will list as such
+                rows.append((name, 0, 0))
     return sorted(rows)
 
 
 def _expand(name: str) -> list[Path]:
     path = Path(os.path.expanduser(name))
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{name} is a link to nothing or to itself: name the folder, zip or tars it stood for"
+        )
     if not path.exists():
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:

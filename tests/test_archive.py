@@ -121,12 +121,18 @@ def test_linked_folder_is_read_once_and_a_loop_ends(tmp_path):
     assert read(source)[0] == {"faces/a.jpg": b"A"}
 
 
-def test_link_to_nothing_is_listed_and_the_rest_goes_on(tmp_path):
+def test_link_to_nothing_or_to_itself_is_listed_and_the_rest_goes_on(tmp_path):
     source = write_folder(tmp_path / "source", {"a.jpg": b"A"})
-    (source / "b.jpg").symlink_to(tmp_path / "nothing")
+    links = {"b.jpg": tmp_path / "nothing", "c.jpg": "c.jpg", "d.jpg": "e.jpg", "e.jpg": "d.jpg"}
+    for link, target in links.items():
+        (source / link).symlink_to(target)
     images, skipped = read(source)
-    assert list(images) == ["a.jpg"] and "b.jpg" in skipped
-    assert [row[0] for row in describe(source)] == ["a.jpg", "b.jpg"]
+    assert list(images) == ["a.jpg"]
+    assert skipped == dict.fromkeys(links, "a link or device, not a file")
+    assert [row[0] for row in describe(source)] == ["a.jpg", *links]
+    for link in ("b.jpg", "c.jpg", "d.jpg", "?.jpg"):
+        with pytest.raises(FileNotFoundError, match="is a link to nothing or to itself"):
+            resolve_source(source / link)
 
 
 def test_folder_that_cannot_be_read_is_no_empty_folder(tmp_path, monkeypatch):

@@ -328,6 +328,13 @@ def test_folder_zip_and_tar_give_the_same_fingerprint(tmp_path):
     assert other["fingerprint"] != infos[0]["fingerprint"]
 
 
+def test_link_to_itself_is_among_the_skipped(tmp_path):
+    source = write_folder(tmp_path / "in", faces(8))
+    (source / "UTKFace" / name(30, 0, 0, 900)).symlink_to(name(30, 0, 0, 900))
+    assert quiet(source, tmp_path)["kept"] == 8
+    assert skipped(tmp_path) == {f"UTKFace/{name(30, 0, 0, 900)}": "a link or device, not a file"}
+
+
 def test_same_source_is_reused_and_another_replaces_it(tmp_path):
     source, root, lines = write_zip(tmp_path / "faces.zip", faces(12)), tmp_path / "data", []
     first = prepare(source, root, name="utkface", progress=lines.append)
