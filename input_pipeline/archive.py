@@ -9,6 +9,7 @@ import glob
 import io
 import lzma
 import os
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -25,6 +26,8 @@ MAX_RATIO = 200
 PART_FILES = 1000  # of a source that is read by many workers
 _SMALL = 1 << 20  # bytes; below this a file may be packed as well as it likes
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+# zipfile takes a damaged directory at its word: names that are no UTF-8, versions, huge offsets.
+_ZIP_DAMAGE = (*_DAMAGE, ValueError, RuntimeError, OverflowError, struct.error)
 
 
 class _Bomb(Exception):
@@ -161,7 +164,7 @@ def count_files(source: Source) -> int | None:
             total += sum(1 for _ in walk_files(path))
         elif _is_zip(path):
             with _open_zip(path) as archive:
-                total += sum(not info.is_dir() for info in archive.infolist())
+                total += len(_zip_files(archive))
         else:
             return None
     return total
@@ -299,19 +302,29 @@ def _short(error: Exception) -> str:
 def _is_zip(path: Path) -> bool:
     # is_zipfile alone looks only at the end, where a tar may hold a zip as its last member.
     with path.open("rb") as file:
-        return file.read(2) == b"PK" and zipfile.is_zipfile(path)
+        if file.read(2) != b"PK":
+            return False
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except _DAMAGE as error:
+    except _ZIP_DAMAGE as error:
         raise ValueError(f"{path} is a damaged zip ({error}): download it again") from error
+
+
+def _zip_files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    # Not is_dir, which fails on the empty name that a damaged directory may hold.
+    return [info for info in archive.infolist() if not info.filename.endswith("/")]
 
 
 def _iter_zip(path: Path):
     with _open_zip(path) as archive:
-        infos = [info for info in archive.infolist() if not info.is_dir()]
+        infos = _zip_files(archive)
         unpacked = sum(info.file_size for info in infos if not _why_not(info.filename, 1))
         _check_ratio(path, unpacked, path.stat().st_size)
         for info in infos:
@@ -343,7 +356,7 @@ def _read_zip(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> by
         raise ValueError(
             f"{path} uses a compression that Python cannot read: unpack it and give the folder"
         ) from error
-    except _DAMAGE as error:
+    except _ZIP_DAMAGE as error:
         raise ValueError(f"{path} is damaged ({error}): download it again") from error
 
 

@@ -205,6 +205,23 @@ def test_unreadable_source_raises_one_clear_line(tmp_path, make, reason):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("limit", [1, 65535])  # from so many files on it is a zip64
+def test_no_damage_to_the_directory_of_a_zip_ends_in_a_traceback(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", limit)
+    path, refused = write_zip(tmp_path / "a.zip", {"\xe9.jpg": b"A" * 50, "b.png": b"B"}), []
+    whole = path.read_bytes()
+    for place in range(whole.index(b"PK\x01\x02"), len(whole)):
+        for byte in {0, 255, whole[place] ^ 1, whole[place] ^ 128} - {whole[place]}:
+            path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+            for use in (read, count_files, list_files, read_tables):
+                try:
+                    use(path)
+                except ValueError as error:
+                    refused.append(str(error))
+    assert len(refused) > 500
+    assert all(line.startswith(f"{path} ") and "\n" not in line for line in refused)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "nowhere-*.tar", "a.tar,b.tar"])
 def test_missing_source_is_named(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="does not exist"):
