@@ -24,6 +24,8 @@ MAX_FILE_BYTES = 256 << 20
 # Pictures are packed already: what grows more than this in unpacking is no picture.
 MAX_RATIO = 200
 PART_FILES = 1000  # of a source that is read by many workers
+_ZIP64_END = 76  # bytes of the two records that a zip64 has before the end record of every zip,
+_ZIP_END = _ZIP64_END + 22 + (1 << 16)  # and of all three with the longest comment
 _SMALL = 1 << 20  # bytes; below this a file may be packed as well as it likes
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 # zipfile takes a damaged directory at its word: names that are no UTF-8, versions, huge offsets.
@@ -312,14 +314,33 @@ def _is_zip(path: Path) -> bool:
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(path)
     except _ZIP_DAMAGE as error:
         raise ValueError(f"{path} is a damaged zip ({error}): download it again") from error
+    # A damaged length in the directory hides the entries after it, and zipfile reads on.
+    found, told = len(archive.infolist()), _told_entries(path)
+    if told is not None and (found - told) % (1 << 16):
+        archive.close()
+        raise ValueError(f"{path} is a damaged zip ({found} of {told} entries): download it again")
+    return archive
+
+
+def _told_entries(path: Path) -> int | None:
+    """How many entries the end of a zip says there are: their last 16 bits where no record of a
+    zip64 has all, None where that is missing."""
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, _ZIP_END), os.SEEK_END)
+        zip64, _, end = file.read().rpartition(b"PK\5\6")
+    (told,) = struct.unpack_from("<H", end, 6)
+    if told < (1 << 16) - 1:
+        return told
+    record = zip64[-_ZIP64_END:]
+    return struct.unpack_from("<Q", record, 32)[0] if record.startswith(b"PK\6\6") else None
 
 
 def _zip_files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    # Not is_dir, which fails on the empty name that a damaged directory may hold.
-    return [info for info in archive.infolist() if not info.filename.endswith("/")]
+    # Not by is_dir, which fails on the empty name that a damaged directory may hold.
+    return [i for i in archive.infolist() if i.file_size or not i.filename.endswith("/")]
 
 
 def _iter_zip(path: Path):

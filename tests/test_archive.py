@@ -222,6 +222,21 @@ def test_no_damage_to_the_directory_of_a_zip_ends_in_a_traceback(tmp_path, monke
     assert all(line.startswith(f"{path} ") and "\n" not in line for line in refused)
 
 
+@pytest.mark.parametrize("limit", [1, 65535])
+@pytest.mark.parametrize("comment", [b"", b"of a zip"])
+def test_files_that_a_damaged_directory_hides_are_missed(tmp_path, monkeypatch, limit, comment):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", limit)
+    path = write_zip(tmp_path / "a.zip", {f"{i}.jpg": b"A" for i in range(3)})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = comment
+    assert len(read(path)[0]) == 3
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") - 51 + 32] = 51  # the second last has a comment: the last
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged zip \\(3 of 4 entries\\): download it again"):
+        read(path)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "nowhere-*.tar", "a.tar,b.tar"])
 def test_missing_source_is_named(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="does not exist"):
