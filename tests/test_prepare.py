@@ -210,6 +210,26 @@ def test_published_splits_hold_where_names_repeat_in_other_folders(tmp_path):
     assert by_file(tmp_path / "own") == {f"set/{f}": 20 + k for k, (f, _) in enumerate(rows)}
 
 
+def test_names_of_a_mac_match_tables_that_were_typed(tmp_path):
+    files = {f"Zoe\u0308 {i}.jpg": jpeg(i) for i in range(6)}
+    typed = [f"Zo\u00eb {i}.jpg" for i in range(6)]
+    rows = "".join(f"{file},{20 + i}\n" for i, file in enumerate(typed))
+    (tmp_path / "t.csv").write_text(f"file,age\n{rows}", encoding="utf-8")
+    rows = "".join(f"{file},train\n" for file in typed)
+    (tmp_path / "s.csv").write_text(f"file,split\n{rows}", encoding="utf-8")
+    info = prepare(
+        write_zip(tmp_path / "a.zip", files),
+        tmp_path,
+        name="own",
+        labels=[tmp_path / "t.csv"],
+        splits={"theirs": tmp_path / "s.csv"},
+        progress=None,
+    )
+    assert info["kept"] == 6 and info["rows_without_image"] == 0
+    assert info["protocols"]["theirs"]["splits"] == {"train": 6}
+    assert by_file(tmp_path / "own") == {file: 20 + i for i, file in enumerate(files)}
+
+
 def test_rows_of_a_missing_folder_and_of_two_splits_are_counted(tmp_path):
     rows = [f"a/{i}.jpg,{20 + i},train\n" for i in range(5)] + ["b/1.jpg,30,\n", "a/0.jpg,20,test"]
     files = {f"a/{i}.jpg": jpeg(i) for i in range(5)}
