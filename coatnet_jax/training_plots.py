@@ -40,6 +40,7 @@ STAGES = {"pretrain": "Pre-training", "finetune": "Fine-tuning"}
 
 START = 0.1  # share of the steps (untrained, warm-up) that has no say in the limits of an axis
 FENCE = 3.0  # a training value further out than so many interquartile ranges is a spike
+MANY = 20  # training values from which on one of them can be a spike: quartiles of fewer say little
 SLACK = 1.5  # where all fits into so many times the chosen range, all is shown
 LOG_FROM = 10.0  # largest over smallest later value from which on these are logarithmic:
 LOGARITHMIC = ("loss", "grad_norm")
@@ -138,8 +139,9 @@ def training_curves(
 def readable_limits(curves: Curves, start: float) -> tuple[float, float]:
     """(low, high) of an axis on which the values from step `start` on are told apart.
 
-    All validation values from there are inside, of the training's all but single spikes; where
-    little is gained by that, or nothing comes after `start`, all values are inside.
+    All validation values from there are inside, of the training's all but single spikes, if it has
+    20 values or more; where little is gained by that, or nothing comes after `start`, all values
+    are inside.
     """
     everything = np.concatenate([values for _, values in curves.values()])
     shown = _later(curves, start)
@@ -153,7 +155,9 @@ def readable_limits(curves: Curves, start: float) -> tuple[float, float]:
 def _later(curves: Curves, start: float) -> Float[np.ndarray, " n"]:
     """Values from step `start` on, without the training's spikes; all where there are none."""
     later = [
-        _without_spikes(values[steps >= start]) if split == "train" else values[steps >= start]
+        _without_spikes(values[steps >= start])
+        if split == "train" and len(values) >= MANY
+        else values[steps >= start]
         for split, (steps, values) in curves.items()
     ]
     return np.concatenate(later if any(map(len, later)) else [v for _, v in curves.values()])

@@ -9,6 +9,7 @@ import glob
 import io
 import lzma
 import os
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -23,8 +24,12 @@ MAX_FILE_BYTES = 256 << 20
 # Pictures are packed already: what grows more than this in unpacking is no picture.
 MAX_RATIO = 200
 PART_FILES = 1000  # of a source that is read by many workers
+_ZIP64_END = 76  # bytes of the two records that a zip64 has before the end record of every zip,
+_ZIP_END = _ZIP64_END + 22 + (1 << 16)  # and of all three with the longest comment
 _SMALL = 1 << 20  # bytes; below this a file may be packed as well as it likes
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+# zipfile takes a damaged directory at its word: names that are no UTF-8, versions, huge offsets.
+_ZIP_DAMAGE = (*_DAMAGE, ValueError, RuntimeError, OverflowError, struct.error)
 
 
 class _Bomb(Exception):
@@ -161,7 +166,7 @@ def count_files(source: Source) -> int | None:
             total += sum(1 for _ in walk_files(path))
         elif _is_zip(path):
             with _open_zip(path) as archive:
-                total += sum(not info.is_dir() for info in archive.infolist())
+                total += len(_zip_files(archive))
         else:
             return None
     return total
@@ -174,17 +179,20 @@ def describe(source: Source) -> list[tuple[str, int, int]]:
         files = [path / name for name in walk_files(path)] if path.is_dir() else [path]
         for file in files:
             name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            try:
+            if file.exists():
                 stat = file.stat()
-            except FileNotFoundError:  # a link to nothing, which reading will list as such
-                rows.append((name, 0, 0))
-            else:
                 rows.append((name, stat.st_size, stat.st_mtime_ns))
+            else:  # a link to nothing or to itself, which reading will list as such
+                rows.append((name, 0, 0))
     return sorted(rows)
 
 
 def _expand(name: str) -> list[Path]:
     path = Path(os.path.expanduser(name))
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{name} is a link to nothing or to itself: name the folder, zip or tars it stood for"
+        )
     if not path.exists():
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
@@ -296,19 +304,48 @@ def _short(error: Exception) -> str:
 def _is_zip(path: Path) -> bool:
     # is_zipfile alone looks only at the end, where a tar may hold a zip as its last member.
     with path.open("rb") as file:
-        return file.read(2) == b"PK" and zipfile.is_zipfile(path)
+        if file.read(2) != b"PK":
+            return False
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(path)
-    except _DAMAGE as error:
+        archive = zipfile.ZipFile(path)
+    except _ZIP_DAMAGE as error:
         raise ValueError(f"{path} is a damaged zip ({error}): download it again") from error
+    # A damaged length in the directory hides the entries after it, and zipfile reads on.
+    found, told = len(archive.infolist()), _told_entries(path)
+    if told is not None and (found - told) % (1 << 16):
+        archive.close()
+        raise ValueError(f"{path} is a damaged zip ({found} of {told} entries): download it again")
+    return archive
+
+
+def _told_entries(path: Path) -> int | None:
+    """How many entries the end of a zip says there are: their last 16 bits where no record of a
+    zip64 has all, None where that is missing."""
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, _ZIP_END), os.SEEK_END)
+        zip64, _, end = file.read().rpartition(b"PK\5\6")
+    (told,) = struct.unpack_from("<H", end, 6)
+    if told < (1 << 16) - 1:
+        return told
+    record = zip64[-_ZIP64_END:]
+    return struct.unpack_from("<Q", record, 32)[0] if record.startswith(b"PK\6\6") else None
+
+
+def _zip_files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    # Not by is_dir, which fails on the empty name that a damaged directory may hold.
+    return [i for i in archive.infolist() if i.file_size or not i.filename.endswith("/")]
 
 
 def _iter_zip(path: Path):
     with _open_zip(path) as archive:
-        infos = [info for info in archive.infolist() if not info.is_dir()]
+        infos = _zip_files(archive)
         unpacked = sum(info.file_size for info in infos if not _why_not(info.filename, 1))
         _check_ratio(path, unpacked, path.stat().st_size)
         for info in infos:
@@ -340,7 +377,7 @@ def _read_zip(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> by
         raise ValueError(
             f"{path} uses a compression that Python cannot read: unpack it and give the folder"
         ) from error
-    except _DAMAGE as error:
+    except _ZIP_DAMAGE as error:
         raise ValueError(f"{path} is damaged ({error}): download it again") from error
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from input_pipeline.names import FaceLabel, bare_name, checked_age, person_id
+from input_pipeline.names import FaceLabel, bare_name, checked_age, composed, person_id
 
 COLUMNS = {
     "path": ("path", "file", "file_name", "filename", "file_path", "filepath", "image",
@@ -45,6 +45,7 @@ class LabelTable:
 
     A row belongs to a picture when one of the two paths is the end of the other, folder by folder:
     the row of the very path before any other, else the one that agrees in the most folders.
+    Letters with accents are equal in both of Unicode's forms.
     unknown: how often each value of gender or race was not understood and taken as unknown.
     """
 
@@ -230,8 +231,9 @@ def _whole_years(text: str) -> int:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """The folders and the name, wherever the path begins: `./a/1.jpg` is `/a/1.jpg`."""
-    return PurePosixPath(path.lstrip("/")).parts or ("",)
+    """The folders and the name, wherever the path begins (`./a/1.jpg` is `/a/1.jpg`) and however
+    its accents are written."""
+    return PurePosixPath(composed(path).lstrip("/")).parts or ("",)
 
 
 def _ends(path: str) -> list[str]:

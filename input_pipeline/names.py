@@ -9,6 +9,7 @@ et al., CVPR 2016) and All-Age-Faces (Cheng et al., 2019) have forms of their ow
 
 import hashlib
 import re
+import unicodedata
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -132,6 +133,7 @@ def person_id(name: str) -> str:
     They keep the name out of tables and reports. They are no secret: whoever guesses a name can
     compute the same digits.
     """
+    name = composed(name)
     key = " ".join(re.split(r"[\W_]+", name.casefold())).strip() or name
     return hashlib.sha256(f"person:{key}".encode()).hexdigest()[:16]
 
@@ -150,6 +152,12 @@ def public_name(name: str) -> str:
 def bare_name(name: str) -> str:
     """Returns a file name without folders."""
     return _parts(name)[-1]
+
+
+def composed(name: str) -> str:
+    """Returns a name in Unicode's NFC, to compare it with others: a Mac writes letters and their
+    accents apart (NFD), most tables together."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _parts(path: str) -> tuple[str, ...]:

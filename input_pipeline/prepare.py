@@ -33,6 +33,7 @@ from input_pipeline.folder.folder_dataset_builder import Builder as FolderBuilde
 from input_pipeline.layouts import find_layout
 from input_pipeline.prepared import read_labels, read_transform_id, records_folder
 from input_pipeline.progress import Count, Progress
+from input_pipeline.protocols import check_given
 from input_pipeline.scan import Reading, Transform
 from input_pipeline.splits import copy_without
 from input_pipeline.utkface.utkface_dataset_builder import Builder as UTKFaceBuilder
@@ -70,8 +71,9 @@ def prepare(
     reused, with a line saying so; others replace it. The folder appears only when it is complete.
     `progress` gets lines of text; None is silent.
 
-    `splits` are CSV files of protocols to add, by name; `drop_conflicts` leaves copies of a picture
-    whose ages lie more than so many years apart out of all splits.
+    `splits` are CSV files of protocols to add, by name, looked at before any picture is read;
+    `drop_conflicts` leaves copies of a picture whose ages lie more than so many years apart out of
+    all splits.
 
     `transform` is a picklable function from the bytes of a file to the bytes that are kept (a face
     crop, say), which raises ValueError with the reason to leave a file out. `transform_id` names it
@@ -83,7 +85,8 @@ def prepare(
 
     Raises FileNotFoundError or ValueError, with one clear line, when there is nothing to prepare.
     """
-    progress, splits = progress or (lambda line: None), dict(splits or {})
+    progress = progress or (lambda line: None)
+    splits = {key: Path(os.path.expanduser(path)) for key, path in (splits or {}).items()}
     _check_settings(transform, transform_id, beam_runner, drop_conflicts, splits)
     root = Path(os.path.expanduser(root))
     _check_place(root, name, source)
@@ -138,7 +141,7 @@ def _check_settings(
     transform_id: str,
     beam_runner: str,
     drop_conflicts: int | None,
-    splits: Mapping[str, str | Path],
+    splits: Mapping[str, Path],
 ) -> None:
     if bool(transform) != bool(transform_id):
         raise ValueError("a transform and its transform_id go together: give both or neither")
@@ -146,11 +149,10 @@ def _check_settings(
         raise ValueError(f"drop_conflicts must be 0 years or more, got {drop_conflicts}")
     if beam_runner and not importlib.util.find_spec("apache_beam"):
         raise ValueError("Apache Beam is not installed: pip install 'coatnet-jax[beam]'")
-    for name, path in splits.items():
+    for name in splits:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"splits name {name!r} must be a plain word, such as 'utkface_21_60'")
-        if not Path(os.path.expanduser(path)).is_file():
-            raise FileNotFoundError(f"split file {path} does not exist")
+    check_given(splits)
 
 
 def _check_place(root: Path, name: str, source: Source) -> None:

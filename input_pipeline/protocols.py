@@ -19,6 +19,7 @@ VALIDATION_SHARE = 0.1
 # What `82_3_15` leaves of the validation split of `default`: enough to set intervals and to see
 # that a training goes well, once its settings have been chosen.
 KEPT_SHARE = 0.2
+OWN = ("default", "82_3_15", "80_10_10", *(f"fold{k}" for k in range(FOLDS)))
 
 
 class Images(NamedTuple):
@@ -59,6 +60,15 @@ def own_protocols(images: Images, *, seed: int = 0) -> dict[str, Protocol]:
         names = {str(k): "test", str((k + 1) % FOLDS): "validation"}
         made[f"fold{k}"] = [names.get(fifth, "train") for fifth in fifths]
     return {name: Protocol(splits, {}) for name, splits in made.items()}
+
+
+def check_given(paths: Mapping[str, str | Path]) -> None:
+    """Raises what can be known of given protocols before any picture is read: as `read_splits`
+    does, and ValueError where a name is that of one of our own."""
+    if taken := sorted(paths.keys() & set(OWN)):
+        raise ValueError(f"the splits {', '.join(taken)} are made here: give yours another name")
+    for path in paths.values():
+        read_splits(path)
 
 
 def given_protocols(

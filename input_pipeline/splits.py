@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from input_pipeline.names import bare_name, public_name
+from input_pipeline.names import bare_name, composed, public_name
 
 FRACTIONS = (("train", 0.7), ("validation", 0.15), ("test", 0.15))
 
@@ -152,10 +152,10 @@ def match_splits(
 ) -> tuple[list[str], dict[str, int]]:
     """Returns the split of every image ('' where there is none), and how the rows were matched.
 
-    Names are compared with their folders, else without them, else without the person's name; a
-    pixel hash in a row must be the image's. The counts: rows; missing (no such file here); changed
-    (another picture under that name); ambiguous (images that fit rows of several splits, and so are
-    in none).
+    Names are compared with their folders, else without them, else without the person's name, and
+    letters with accents are equal in both of Unicode's forms; a pixel hash in a row must be the
+    image's. The counts: rows; missing (no such file here); changed (another picture under that
+    name); ambiguous (images that fit rows of several splits, and so are in none).
     """
     splits, used, changed, ambiguous = [], set(), 0, 0
     for names, right in _rows_of_images(files, hashes, rows):
@@ -198,10 +198,13 @@ def _rows_of_images(
     files: Sequence[str], hashes: Sequence[str], rows: Mapping[str, SplitRow]
 ) -> Iterator[tuple[set[str], set[str]]]:
     """Yields for every image the rows of its name, and those of them that mean its picture."""
+    whole: dict[str, set[str]] = defaultdict(set)
     by_name: dict[str, set[str]] = defaultdict(set)
     for file in rows:
+        whole[composed(file)].add(file)
         for name in {bare_name(file), public_name(file)}:
-            by_name[name].add(file)
+            by_name[composed(name)].add(file)
     for file, key in zip(files, hashes, strict=True):
-        names = {file} if file in rows else by_name.get(file, set())
+        plain = composed(file)
+        names = {file} if file in rows else whole.get(plain) or by_name.get(plain, set())
         yield names, {name for name in names if rows[name].pixel_hash in ("", key)}

@@ -121,12 +121,18 @@ def test_linked_folder_is_read_once_and_a_loop_ends(tmp_path):
     assert read(source)[0] == {"faces/a.jpg": b"A"}
 
 
-def test_link_to_nothing_is_listed_and_the_rest_goes_on(tmp_path):
+def test_link_to_nothing_or_to_itself_is_listed_and_the_rest_goes_on(tmp_path):
     source = write_folder(tmp_path / "source", {"a.jpg": b"A"})
-    (source / "b.jpg").symlink_to(tmp_path / "nothing")
+    links = {"b.jpg": tmp_path / "nothing", "c.jpg": "c.jpg", "d.jpg": "e.jpg", "e.jpg": "d.jpg"}
+    for link, target in links.items():
+        (source / link).symlink_to(target)
     images, skipped = read(source)
-    assert list(images) == ["a.jpg"] and "b.jpg" in skipped
-    assert [row[0] for row in describe(source)] == ["a.jpg", "b.jpg"]
+    assert list(images) == ["a.jpg"]
+    assert skipped == dict.fromkeys(links, "a link or device, not a file")
+    assert [row[0] for row in describe(source)] == ["a.jpg", *links]
+    for link in ("b.jpg", "c.jpg", "d.jpg", "?.jpg"):
+        with pytest.raises(FileNotFoundError, match="is a link to nothing or to itself"):
+            resolve_source(source / link)
 
 
 def test_folder_that_cannot_be_read_is_no_empty_folder(tmp_path, monkeypatch):
@@ -197,6 +203,38 @@ def test_unreadable_source_raises_one_clear_line(tmp_path, make, reason):
     with pytest.raises(ValueError, match=reason) as error:
         list(iter_images(make(tmp_path)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("limit", [1, 65535])  # from so many files on it is a zip64
+def test_no_damage_to_the_directory_of_a_zip_ends_in_a_traceback(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", limit)
+    path, refused = write_zip(tmp_path / "a.zip", {"\xe9.jpg": b"A" * 50, "b.png": b"B"}), []
+    whole = path.read_bytes()
+    for place in range(whole.index(b"PK\x01\x02"), len(whole)):
+        for byte in {0, 255, whole[place] ^ 1, whole[place] ^ 128} - {whole[place]}:
+            path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+            for use in (read, count_files, list_files, read_tables):
+                try:
+                    use(path)
+                except ValueError as error:
+                    refused.append(str(error))
+    assert len(refused) > 500
+    assert all(line.startswith(f"{path} ") and "\n" not in line for line in refused)
+
+
+@pytest.mark.parametrize("limit", [1, 65535])
+@pytest.mark.parametrize("comment", [b"", b"of a zip"])
+def test_files_that_a_damaged_directory_hides_are_missed(tmp_path, monkeypatch, limit, comment):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", limit)
+    path = write_zip(tmp_path / "a.zip", {f"{i}.jpg": b"A" for i in range(3)})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = comment
+    assert len(read(path)[0]) == 3
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") - 51 + 32] = 51  # the second last has a comment: the last
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged zip \\(3 of 4 entries\\): download it again"):
+        read(path)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere-*.tar", "a.tar,b.tar"])

@@ -205,6 +205,16 @@ def test_paths_match_from_their_ends_folder_by_folder():
     assert found.without_picture(["a/x.jpg", "c/x.jpg", "b/x.jpg", "in/y.jpg"]) == []
 
 
+def test_accents_of_a_mac_and_of_a_table_are_the_same():
+    apart, together = "Zoe\u0308/cafe\u0301.jpg", "Zo\u00eb/caf\u00e9.jpg"
+    for row, picture in ((apart, together), (together, apart)):
+        found = table(f"file,age,split\n{row},20,test\nb.jpg,30,train\n")
+        assert found(f"set/{picture}") == FaceLabel(20) and found.split_of(picture) == "test"
+        assert found.short_name(picture) == picture.split("/")[1]
+        assert found.without_picture([picture, "b.jpg"]) == []
+    assert person_id(apart) == person_id(together) != person_id("Zoe cafe.jpg")
+
+
 def test_row_of_the_very_path_wins_and_then_the_one_that_agrees_longest():
     paths = ["/".join(p) for n in (1, 2, 3) for p in itertools.product("ab", repeat=n)]
     rng = random.Random(0)

@@ -61,6 +61,37 @@ def test_all_pairs_are_found_as_a_plain_loop_finds_them():
     assert near_pairs([]).shape == near_pairs(["", ""]).shape == (0, 2)
 
 
+def test_equal_hashes_are_joined_without_all_their_pairs():
+    pairs = near_pairs([f"{i:064x}" for i in (0, 1 << 60)] * 2000)
+    assert pairs.tolist()[0] == [0, 2] and len(pairs) == 3998 + 1
+    assert set(copy_groups([""] * 4000, [f"{0:064x}"] * 4000)) == {0}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_of_repeated_hashes_are_those_of_a_union_of_all_pairs(seed):
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 2, (6, BITS), np.uint8)[rng.integers(0, 6, 40)]
+    for row in bits:  # chains: the ends of one may be further apart than NEAR
+        row[rng.choice(BITS, rng.integers(0, 50), replace=False)] ^= 1
+    hashes = [np.packbits(row).tobytes().hex() for row in bits] + [""]
+    hashes = [hashes[i] for i in rng.integers(0, len(hashes), 150)]
+    numbers = [int(key, 16) if key else None for key in hashes]
+    root = list(range(150))
+
+    def find(row):
+        return row if root[row] == row else find(root[row])
+
+    for i, a in enumerate(numbers):
+        for j, b in enumerate(numbers[:i]):
+            if None not in (a, b) and (a ^ b).bit_count() <= NEAR:
+                root[find(i)] = find(j)
+    roots = [find(row) for row in range(150)]
+    number = {row: n for n, row in enumerate(dict.fromkeys(roots))}
+    groups = copy_groups([""] * 150, hashes)
+    assert groups.tolist() == [number[row] for row in roots]
+    assert 6 < len(number) < len(set(hashes))
+
+
 def test_picture_without_contrast_is_near_to_nothing():
     assert perceptual_hash(np.full((50, 50, 3), 99, np.uint8)) == ""
 

@@ -210,6 +210,26 @@ def test_published_splits_hold_where_names_repeat_in_other_folders(tmp_path):
     assert by_file(tmp_path / "own") == {f"set/{f}": 20 + k for k, (f, _) in enumerate(rows)}
 
 
+def test_names_of_a_mac_match_tables_that_were_typed(tmp_path):
+    files = {f"Zoe\u0308 {i}.jpg": jpeg(i) for i in range(6)}
+    typed = [f"Zo\u00eb {i}.jpg" for i in range(6)]
+    rows = "".join(f"{file},{20 + i}\n" for i, file in enumerate(typed))
+    (tmp_path / "t.csv").write_text(f"file,age\n{rows}", encoding="utf-8")
+    rows = "".join(f"{file},train\n" for file in typed)
+    (tmp_path / "s.csv").write_text(f"file,split\n{rows}", encoding="utf-8")
+    info = prepare(
+        write_zip(tmp_path / "a.zip", files),
+        tmp_path,
+        name="own",
+        labels=[tmp_path / "t.csv"],
+        splits={"theirs": tmp_path / "s.csv"},
+        progress=None,
+    )
+    assert info["kept"] == 6 and info["rows_without_image"] == 0
+    assert info["protocols"]["theirs"]["splits"] == {"train": 6}
+    assert by_file(tmp_path / "own") == {file: 20 + i for i, file in enumerate(files)}
+
+
 def test_rows_of_a_missing_folder_and_of_two_splits_are_counted(tmp_path):
     rows = [f"a/{i}.jpg,{20 + i},train\n" for i in range(5)] + ["b/1.jpg,30,\n", "a/0.jpg,20,test"]
     files = {f"a/{i}.jpg": jpeg(i) for i in range(5)}
@@ -326,6 +346,13 @@ def test_folder_zip_and_tar_give_the_same_fingerprint(tmp_path):
     assert len(tables) == 1
     other = quiet(sources["tar"], tmp_path / "seed", seed=1)
     assert other["fingerprint"] != infos[0]["fingerprint"]
+
+
+def test_link_to_itself_is_among_the_skipped(tmp_path):
+    source = write_folder(tmp_path / "in", faces(8))
+    (source / "UTKFace" / name(30, 0, 0, 900)).symlink_to(name(30, 0, 0, 900))
+    assert quiet(source, tmp_path)["kept"] == 8
+    assert skipped(tmp_path) == {f"UTKFace/{name(30, 0, 0, 900)}": "a link or device, not a file"}
 
 
 def test_same_source_is_reused_and_another_replaces_it(tmp_path):
@@ -479,6 +506,51 @@ def test_wrong_settings_raise_one_clear_line(tmp_path, monkeypatch, options, rea
     with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
         quiet(write_zip(tmp_path / "faces.zip", files), tmp_path / "data", **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("s.csv", b"file,part\na.jpg,train\n", "but split must be among them"),
+        ("s.csv", b"file,split\na.jpg,\n", "line 2: file or split is empty"),
+        ("s.csv.gz", b"\x1f\x8b\x08 cut", "cannot be unpacked .*: fetch it again"),
+        ("s.csv", None, "split file .*s.csv does not exist"),
+    ],
+)
+def test_bad_split_file_is_told_before_any_picture_is_read(tmp_path, name, content, reason):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    source, lines = write_zip(tmp_path / "faces.zip", faces(4)), []
+    with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
+        prepare(
+            source, tmp_path / "data", splits={"theirs": tmp_path / name}, progress=lines.append
+        )
+    assert "\n" not in str(error.value) and not lines and not (tmp_path / "data").exists()
+
+
+def test_name_of_our_own_splits_is_refused_before_any_picture_is_read(tmp_path):
+    lines = []
+    made = quiet(write_zip(tmp_path / "faces.zip", faces(4)), tmp_path)["protocols"]
+    for name in made:
+        (tmp_path / "s.csv").write_text("file,split\na.jpg,train\n")
+        with pytest.raises(ValueError, match=f"the splits {name} are made here"):
+            prepare(
+                tmp_path / "faces.zip",
+                tmp_path / "data",
+                splits={name: tmp_path / "s.csv"},
+                progress=lines.append,
+            )
+    assert len(made) == 8 and not lines
+
+
+def test_split_file_at_home_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = faces(8)
+    rows = "".join(f"{path},train\n" for path in files)
+    (tmp_path / "s.csv").write_text(f"file,split\n{rows}")
+    source = write_zip(tmp_path / "faces.zip", files)
+    info = quiet(source, tmp_path / "data", splits={"theirs": "~/s.csv"})
+    assert info["protocols"]["theirs"]["splits"] == {"train": 8}
 
 
 def encode(image, kind, **options):

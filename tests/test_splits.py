@@ -123,6 +123,16 @@ def test_rows_are_matched_by_name_and_checked_by_hash():
     assert counts == {"rows": 7, "missing": 1, "changed": 1, "ambiguous": 1}
 
 
+def test_rows_are_matched_however_accents_are_written():
+    apart, together = "e\u0301.jpg", "\u00e9.jpg"
+    for row, image in ((apart, together), (together, apart)):
+        for name in (f"a/{image}", image):  # by the whole path, and without its folder
+            found = match_splits([name], ["h"], {f"a/{row}": SplitRow("test", "h")})
+            assert found == (["test"], {"rows": 1, "missing": 0, "changed": 0, "ambiguous": 0})
+    both = {apart: SplitRow("train", ""), together: SplitRow("test", "")}
+    assert match_splits([apart, together], ["h", "i"], both)[0] == ["train", "test"]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

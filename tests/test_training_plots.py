@@ -59,6 +59,18 @@ def test_untrained_steps_and_a_spike_leave_the_later_course_readable(draw):
     assert notes(ax) == [f"{len(above)} values above, up to 500"]
 
 
+@pytest.mark.parametrize(("count", "inside"), [(4, True), (19, True), (20, False)])
+def test_of_few_training_values_none_is_a_spike(draw, count, inside):
+    values = [5.0 + i % 2 / 10 for i in range(count)]
+    values[-2] = 9.0
+    ax = panel(
+        draw([{"step": 10 * i, "split": "train", "mae": v} for i, v in enumerate(values)]),
+        "MAE, years",
+    )
+    assert (ax.get_ylim()[1] > 9) == inside
+    assert notes(ax) == ([] if inside else ["1 value above, up to 9"])
+
+
 def test_every_validation_after_the_first_tenth_is_inside(draw):
     rows = rows_of("train", mae=lambda step: 5 + (step % 20) / 100)
     late = [(100, 40.0), *((step, 5.0) for step in range(200, 900, 100)), (900, 0.5)]

@@ -1,6 +1,7 @@
 """The page on one's own data: its commands run on small drawn faces, its Python too."""
 
 import csv
+import inspect
 import json
 import re
 import shlex
@@ -14,8 +15,10 @@ import pytest
 
 from coatnet_jax.config import parse_training_flags
 from coatnet_jax.main import TRAINING, _parser, main
+from input_pipeline.archive import list_files
 from input_pipeline.face_drawing import draw_face
 from input_pipeline.images import encode_jpeg
+from input_pipeline.layouts import find_layout
 from input_pipeline.prepared import read_labels
 from input_pipeline.splits import read_splits
 
@@ -86,6 +89,18 @@ def test_every_command_of_the_page_is_understood():
             assert parse_training_flags(argv, default=name)[0].data.name == "mine"
         else:
             _parser().parse_args([name, *argv])
+
+
+def test_layout_is_told_from_as_many_names_as_the_page_says(tmp_path):
+    limit = inspect.signature(list_files).parameters["limit"].default
+    assert f"the names of the first {limit:,} pictures decide" in PAGE.read_text(encoding="utf-8")
+    for first in (limit // 2 - 1, limit // 2):
+        with zipfile.ZipFile(tmp_path / "mixed.zip", "w") as mixed:
+            for i in range(3 * limit):
+                mixed.writestr(f"{i}_SomeBody_{i % 90}_f.jpg" if i < first else f"20/{i}.jpg", b"x")
+        wanted = "folder" if first < limit // 2 else "agedb"
+        assert find_layout(tmp_path / "mixed.zip").name == wanted
+    assert find_layout(tmp_path / "mixed.zip", layout="folder").name == "folder"
 
 
 def test_folders_by_age_become_a_set(prepared, place):
