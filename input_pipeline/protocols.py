@@ -77,15 +77,16 @@ def given_protocols(
     """Returns the protocols in these CSV files, each exactly as it is given.
 
     One with `train` but without `validation` is joined by another, `<name>_val`, in which a tenth
-    of the training images is for validation. Raises as `read_splits` does, and ValueError where no
-    file of a protocol is here.
+    of the training images is for validation, unless one of that name is given too. Raises as
+    `read_splits` does, and ValueError where no file of a protocol is here.
     """
     found = {}
     for name, path in paths.items():
         splits, counts = match_splits(images.files, images.hashes, read_splits(path))
         if not any(splits):
             raise ValueError(f"{path}: none of its {counts['rows']} files is among the images")
-        found |= with_validation(images, name, Protocol(splits, counts), seed=seed)
+        made = with_validation(images, name, Protocol(splits, counts), seed=seed)
+        found |= {key: made[key] for key in made if key == name or key not in paths}
     return found
 
 

@@ -200,11 +200,14 @@ def _rows_of_images(
     """Yields for every image the rows of its name, and those of them that mean its picture."""
     whole: dict[str, set[str]] = defaultdict(set)
     by_name: dict[str, set[str]] = defaultdict(set)
-    for file in rows:
+    # Mostly all names are those of the rows, and the others cost a second for 20,000 images.
+    for file in rows if not rows.keys() >= set(files) else ():
         whole[composed(file)].add(file)
         for name in {bare_name(file), public_name(file)}:
             by_name[composed(name)].add(file)
     for file, key in zip(files, hashes, strict=True):
-        plain = composed(file)
-        names = {file} if file in rows else whole.get(plain) or by_name.get(plain, set())
+        names = {file}
+        if file not in rows:
+            plain = composed(file)
+            names = whole.get(plain) or by_name.get(plain, set())
         yield names, {name for name in names if rows[name].pixel_hash in ("", key)}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from input_pipeline.protocols import (
+    OWN,
     Images,
     Protocol,
     given_protocols,
@@ -96,6 +97,21 @@ def test_published_protocol_is_kept_and_what_is_wrong_with_it_counted(images, tm
     assert abs(val.count("validation") - 13) <= 3
     trained = {images.groups[i] for i, s in enumerate(val) if s == "train"}
     assert not trained & {images.groups[i] for i, s in enumerate(val) if s == "validation"}
+
+
+def test_a_given_table_stands_before_one_that_is_made(images, tmp_path):
+    paths = {name: tmp_path / f"{name}.csv" for name in ("p", "p_val")}
+    for name, splits in (("p", ("train", "test")), ("p_val", ("train", "validation"))):
+        rows = [f"{i}.jpg,{splits[i % 2]}" for i in range(100)]
+        paths[name].write_text("\n".join(["file,split", *rows]))
+    for order in (paths, dict(reversed(paths.items()))):
+        found = given_protocols(images, order)
+        assert found.keys() == paths.keys()
+        assert found["p_val"].splits == ["train", "validation"] * 50 + [""] * 300
+
+
+def test_own_names_are_those_that_are_made(images):
+    assert list(OWN) == list(own_protocols(images))
 
 
 def test_protocol_of_other_files_is_refused(images, tmp_path):
