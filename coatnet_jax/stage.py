@@ -37,7 +37,7 @@ from coatnet_jax.terms import model_card
 from coatnet_jax.tracking import open_trackers
 from coatnet_jax.train_state import TrainState, create_train_state, init_variables
 from coatnet_jax.training_plots import run_title, training_curves
-from coatnet_jax.training_set import told_before
+from coatnet_jax.training_set import labelled_before, told_before
 from input_pipeline.face_crops import GEOMETRIES
 from input_pipeline.label_noise import settle_conflicts, write_account
 from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
@@ -157,15 +157,17 @@ def _untold_validation(config: ml_collections.ConfigDict, workdir: Path, folder:
         return faces
     told = told_before(faces, config, workdir, folder)
     if told.any():
-        others = "config.data.splits can name the table of splits that the weights were trained on"
+        tables = {splits for _, splits, _ in labelled_before(config, workdir)}
+        why = (
+            "an earlier stage (config.init_from or a teacher) was told their ages; such stages had "
+            f"the splits {', '.join(sorted(tables)) or 'of other data'}, this one has "
+            f"{config.data.splits} (config.data.splits)"
+        )
         if told.all():
-            raise ValueError(
-                f"an earlier stage (config.init_from or a teacher) was told the ages of all "
-                f"{len(told):,} validation faces of {folder} ({config.data.splits}): {others}"
-            )
+            raise ValueError(f"no validation face of {folder} chooses a checkpoint: {why}")
         print(
             f"[{config.stage}] {told.sum():,} of the {len(told):,} validation faces are left out: "
-            f"an earlier stage (config.init_from or a teacher) was told their ages; {others}",
+            f"{why}",
             flush=True,
         )
     with suppress(ValueError):  # a table without a test split

@@ -102,23 +102,29 @@ def told_before(
     models keep. Faces of the run's own training split are its own affair (`check_no_leak`).
     """
     told = kept_by_releases(faces, config)
-    try:
-        begun = (run_dir / "run.json").is_file()
-        stages = stages_before(run_dir) if begun else stages_behind(config)
-    except ValueError:  # the folder of one is gone
-        return told
-    known = {
-        (stage["data"], stage.get("splits", "default"), stage.get("fingerprint", ""))
-        for stage in stages
-        if learned_ages(stage)
-    }
-    for data, splits, print_ in known:
+    for data, splits, print_ in labelled_before(config, run_dir):
         if print_ == faces.fingerprint:
             continue
         train, _ = open_stage({"splits": splits}, folder.with_name(data))
         if train and print_ in ("", train.fingerprint):
             told |= trained_on(faces, train)
     return told
+
+
+def labelled_before(config: ml_collections.ConfigDict, run_dir: Path) -> set[tuple[str, str, str]]:
+    """(data, table of splits, fingerprint) of the stages before a run of this config, and of its
+    teachers, that were told ages; none where the folder of one is gone and `run_dir` does not tell.
+    """
+    try:
+        begun = (run_dir / "run.json").is_file()
+        stages = stages_before(run_dir) if begun else stages_behind(config)
+    except ValueError:
+        return set()
+    return {
+        (stage["data"], stage.get("splits", "default"), stage.get("fingerprint", ""))
+        for stage in stages
+        if learned_ages(stage)
+    }
 
 
 def kept_by_releases(faces: Faces, config: ml_collections.ConfigDict) -> Bool[np.ndarray, " n"]:
