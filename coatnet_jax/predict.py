@@ -186,9 +186,9 @@ def find_images(
         path = Path(os.path.expanduser(name))
         if path.is_dir():
             for file in _images_in(path, recursive=recursive, out=Path(out) if out else None):
-                found.setdefault(file.resolve(), file)
+                found.setdefault(_real(file), file)
         elif path.exists():
-            found.setdefault(path.resolve(), path)
+            found.setdefault(_real(path), path)
         else:
             raise FileNotFoundError(
                 f"{path} does not exist: name image files or folders, and before them the folder "
@@ -202,13 +202,20 @@ def find_images(
 
 
 def _images_in(folder: Path, *, recursive: bool, out: Path | None) -> Iterator[Path]:
-    ours = {(out / name).resolve() for name in ("annotated", "predictions.png")} if out else set()
+    ours = {_real(out / name) for name in ("annotated", "predictions.png")} if out else set()
     found = map(folder.joinpath, walk_files(folder)) if recursive else folder.iterdir()
     for file in sorted(found):
         if file.suffix.lower() not in ENDINGS | UNSUPPORTED or file.name.startswith("."):
             continue
-        if file.is_file() and not ours & {file.resolve(), *file.resolve().parents}:
+        if not file.exists() and file.is_symlink():
+            yield file  # a link to nothing or to itself: reading it says so
+        elif file.is_file() and not ours & {_real(file), *_real(file).parents}:
             yield file
+
+
+def _real(path: Path) -> Path:
+    """The path behind all links; as `Path.resolve`, which fails on a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -229,9 +236,9 @@ def clear(out: Path, *, keep: Sequence[Path] = ()) -> None:
     runs would be taken for one's. Of annotated/ only pictures that predict has drawn."""
     written = [out / name for name in ("predictions.csv", PART, "skipped.csv", "predictions.png")]
     written += [path for path in (out / "annotated").glob("*.jpg") if _is_drawn(path)]
-    kept = {path.resolve() for path in keep}
+    kept = {_real(path) for path in keep}
     for path in written:
-        if path.resolve() not in kept:
+        if _real(path) not in kept:
             path.unlink(missing_ok=True)
 
 
@@ -467,11 +474,11 @@ def _annotated(image: UInt8[np.ndarray, "s s 3"], row: Mapping[str, Any], **opti
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """A name for each annotated picture: the path below the folder all share, made one word."""
-    base = os.path.commonpath([path.resolve().parent for path in paths])
+    base = os.path.commonpath([_real(path).parent for path in paths])
     names: list[str] = []
     taken: set[str] = set()
     for path in paths:
-        name = "_".join(path.resolve().relative_to(base).parts).removesuffix(path.suffix)
+        name = "_".join(_real(path).relative_to(base).parts).removesuffix(path.suffix)
         # a.jpg and a.png, or folder/a.jpg and folder_a.jpg, must not overwrite each other
         while (short := _short(name)).lower() in taken:
             name += path.suffix.replace(".", "_") or "_"

@@ -159,6 +159,8 @@ def _check_place(root: Path, name: str, source: Source) -> None:
     folder = root / name
     if name != Path(name).name or name.startswith("."):
         raise ValueError(f"data name {name!r} must be a plain folder name, such as 'utkface'")
+    if root.is_symlink() and not root.exists():
+        raise ValueError(f"{root} is a link to nothing or to itself: choose another root")
     for path in resolve_source(source):
         if path.is_dir() and folder.resolve().is_relative_to(path.resolve()):
             raise ValueError(f"{folder} lies within the source {path}: choose another root")

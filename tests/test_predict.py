@@ -275,6 +275,17 @@ def test_linked_folders_are_searched_once(tmp_path):
     assert [file.resolve() for file in found] == [a, b]
 
 
+def test_links_to_nothing_and_to_themselves_are_listed(run, tmp_path):
+    picture(tmp_path / "in/a.jpg")
+    (tmp_path / "in/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "in/loop.jpg").symlink_to(tmp_path / "in/loop.jpg")
+    assert len(predict.run("run", [tmp_path / "in"], out=tmp_path / "out")) == 1
+    with (tmp_path / "out/skipped.csv").open() as lines:
+        skipped = {Path(row["file"]).name: row["reason"] for row in csv.DictReader(lines)}
+    assert skipped.keys() == {"gone.jpg", "loop.jpg"}
+    assert "No such file" in skipped["gone.jpg"] and "symbolic links" in skipped["loop.jpg"]
+
+
 def test_a_folder_that_cannot_be_listed_is_refused(run, tmp_path, monkeypatch, capsys):
     picture(tmp_path / "in/a.jpg"), picture(tmp_path / "in/locked/b.jpg")
     scandir = os.scandir

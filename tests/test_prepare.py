@@ -438,6 +438,9 @@ def test_folder_of_other_files_is_never_replaced(tmp_path):
     assert (tmp_path / "utkface" / "my_photo.jpg").read_bytes() == b"precious"
     with pytest.raises(ValueError, match="lies within the source"):
         quiet(tmp_path, tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ValueError, match="loop is a link to nothing or to itself"):
+        quiet(source, tmp_path / "loop")
 
 
 @pytest.mark.parametrize(
