@@ -132,7 +132,7 @@ def test_script_for_a_cpu_is_understood(tmp_path):
             sizes.append((workdir.name, *config.progressive) if name == "finetune" else ())
     assert sizes == [
         (), ("b", 48, 64, 96), ("c", 80, 96, 112), ("e", 96, 112), ("f", 112, 128), ("k", 144, 160),
-        ("l",), ("m",), ("n",),
+        ("l",), ("m",), ("n",), ("w",),
     ]  # fmt: skip
 
 
