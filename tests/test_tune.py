@@ -479,7 +479,8 @@ def test_tuning_without_enough_memory_wants_a_smaller_batch_in_another_folder(
     assert run_main("tune", *flags(drawn_root, tmp_path / "tune")) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "ran out (RESOURCE_EXHAUSTED" in line and line.endswith(
-        ": lower --config.batch_size (16 now) or give --config.model.remat=True, in a new --workdir"
+        ": give --config.model.remat=True (the same result, in more time) or lower "
+        "--config.batch_size (16 now), in a new --workdir"
     )
 
 
