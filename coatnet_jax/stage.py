@@ -56,6 +56,7 @@ LATER_KEYS = {
     **{"data.label_noise": "keep", "eval_sides": (1.0,), "init_head": False},
     **{"distill.teachers": "", "distill.weight": 0.5},
 }
+AT_LEAST_0 = ("at least 0", lambda x: 0 <= x < math.inf)
 BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epochs": ("over 0", lambda x: 0 < x < math.inf),
     "batch_size": ("at least 1", lambda x: x >= 1),
@@ -67,11 +68,11 @@ BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "loss.sigma": ("over 0", lambda x: 0 < x < math.inf),
     "loss.years": ("at least 1", lambda x: x >= 1),
     "ema": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
-    "mixup": ("at least 0", lambda x: 0 <= x < math.inf),
+    "mixup": AT_LEAST_0,
     "optim.lr": ("over 0", lambda x: 0 < x < math.inf),
-    "optim.weight_decay": ("at least 0", lambda x: 0 <= x < math.inf),
+    "optim.weight_decay": AT_LEAST_0,
     "optim.clip_norm": ("at least 0 (0: no clipping)", lambda x: 0 <= x < math.inf),
-    "optim.warmup_epochs": ("at least 0", lambda x: 0 <= x < math.inf),
+    "optim.warmup_epochs": AT_LEAST_0,
     "loss.gender": ("at least 0 (0: off)", lambda x: 0 <= x < math.inf),
     "loss.race": ("at least 0 (0: off)", lambda x: 0 <= x < math.inf),
     "max_minutes": ("at least 0 (0: never)", lambda x: 0 <= x < math.inf),
@@ -91,8 +92,8 @@ BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "two widths in pixels, over 0, the larger last",
         lambda x: len(x) == 2 and 0 < x[0] <= x[1] < math.inf,
     ),
-    "augment.sharpen": ("at least 0", lambda x: 0 <= x < math.inf),
-    "augment.jitter": ("at least 0", lambda x: 0 <= x < math.inf),
+    "augment.sharpen": AT_LEAST_0,
+    "augment.jitter": AT_LEAST_0,
     **{
         f"augment.{name}_prob": ("a probability, 0 to 1", lambda x: 0 <= x <= 1)
         for name in ("flip", "jitter", "grey", "blur", "sharpen", "erase")
