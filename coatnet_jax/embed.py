@@ -28,7 +28,8 @@ from coatnet_jax.metrics import accuracy, balanced_accuracy, knn_age, knn_class,
 from coatnet_jax.pages import write_csv, write_json, write_report
 from coatnet_jax.probe import probe_age, probe_class
 from coatnet_jax.ssl.watch import rank_me, spread
-from input_pipeline.pipeline import open_split
+from coatnet_jax.training_set import told_so_far
+from input_pipeline.pipeline import Faces, open_split
 
 NEIGHBOURS = 20
 SMALLEST = 10  # t-SNE of fewer points shows nothing
@@ -83,6 +84,7 @@ def run(
             "probes learn: give a split without them"
         )
     _check_size(min(len(faces), max_points))
+    told = told_counts(Path(run_dir), Path(data_folder), faces, reference)
     chosen = choose_points(len(faces), max_points, seed=seed)
     perplexities = fitting_perplexities(perplexity, len(chosen))
     names = {"pretrain": "pre-trained", "finetune": "fine-tuned", "timm": "imported"}
@@ -101,6 +103,7 @@ def run(
         "stage": trained.stage,
         "step": int(trained.step),
         "chosen_here": which == "best" and trained.stage != "timm" and own_validation,
+        "told": told,
         "data": str(data_folder),
         "data_name": Path(data_folder).name,
         "split": split,
@@ -132,6 +135,22 @@ def run(
     print(summary(result))
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     return result
+
+
+def told_counts(
+    run_dir: Path, data_folder: Path, faces: Faces, reference: Faces
+) -> dict[str, int] | None:
+    """Of how many `faces` and `reference` faces the backbone was told the ages, in its own training
+    or in a stage before; None, with a word, where the faces that it was trained on are gone."""
+    try:
+        told = told_so_far(run_dir, data_folder)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"not known of which of these faces the backbone was told the ages: {error}")
+        return None
+    return {
+        "faces": int(told.among(faces).sum()),
+        "reference": int(told.among(reference).sum()),
+    }
 
 
 def _folder_name(result: Mapping[str, Any], own_set: bool) -> str:

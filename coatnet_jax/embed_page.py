@@ -29,12 +29,15 @@ CLOUDS = (
     "perplexities, and trust the table."
 )
 SAW_AGES = (
-    "**The backbone was trained with the ages of the {knn_reference} split.** Its features fit "
-    "those faces better than new ones, so neighbours and probes that learn from them are no fair "
-    "comparison with self-supervised features."
+    "**The backbone was trained with the ages of {reference_told} {knn_reference} faces.** Its "
+    "features fit those better than new ones, so neighbours and probes that learn from them are no "
+    "fair comparison with self-supervised features."
 )
-
-
+TOLD = (
+    "**The backbone was told the ages of {told} of the {images:,} {split} faces**, in its own "
+    "training or in a stage before (what it started from, or a teacher), so the scores are too "
+    "good: give a split, or with `--splits` a table, whose faces no stage was trained on."
+)
 CHOSEN_HERE = (
     "**Faces of this very split chose the checkpoint** among those of the training, so the scores "
     "are a little too good: `--split=test` gives them for faces that chose nothing."
@@ -66,8 +69,14 @@ def sections(result: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
         {"text": text},
         {"table": score_rows(result), "note": READING.format(points=result.get("points", 0))},
     ]
-    if result.get("stage") == "finetune":
-        blocks.append({"text": SAW_AGES.format(**result)})
+    told = result.get("told")
+    if told is None and result.get("stage") == "finetune":  # not known, or of an older version
+        blocks.append({"text": SAW_AGES.format(reference_told="the", **result)})
+    elif told and told["reference"]:
+        of_all = f"{told['reference']:,} of the {result['reference_images']:,}"
+        blocks.append({"text": SAW_AGES.format(reference_told=of_all, **result)})
+    if told and told["faces"]:
+        blocks.append({"text": TOLD.format(**{**result, "told": f"{told['faces']:,}"})})
     if result.get("chosen_here"):
         blocks.append({"text": CHOSEN_HERE})
     return [

@@ -70,7 +70,8 @@ def run(
     _check_same_shapes(paths, weights)
     train, splits = open_trained(paths[0], data_folder, configs[0].data.splits)
     validation = open_split(data_folder, "validation", splits=splits)
-    validation = validation.take(~told_before(validation, configs[0], paths[0], data_folder))
+    before = told_before(configs[0], paths[0], data_folder, own=train.fingerprint)
+    validation = validation.take(~before.among(validation))
     if not len(validation):
         raise ValueError(
             f"an earlier stage of {paths[0]} was told the ages of all validation faces of "

@@ -37,7 +37,7 @@ from coatnet_jax.terms import model_card
 from coatnet_jax.tracking import open_trackers
 from coatnet_jax.train_state import TrainState, create_train_state, init_variables
 from coatnet_jax.training_plots import run_title, training_curves
-from coatnet_jax.training_set import labelled_before, told_before
+from coatnet_jax.training_set import told_before
 from input_pipeline.face_crops import GEOMETRIES
 from input_pipeline.label_noise import settle_conflicts, write_account
 from input_pipeline.pipeline import Faces, decode_once, open_split, train_loader
@@ -156,12 +156,12 @@ def _untold_validation(config: ml_collections.ConfigDict, workdir: Path, folder:
     faces = open_split(folder, "validation", splits=config.data.splits)
     if not (config.init_from or teacher_folders(config)):
         return faces
-    told = told_before(faces, config, workdir, folder)
+    before = told_before(config, workdir, folder, own=faces.fingerprint)
+    told = before.among(faces)
     if told.any():
-        tables = {splits for _, splits, _ in labelled_before(config, workdir)}
         why = (
             "an earlier stage (config.init_from or a teacher) was told their ages; such stages had "
-            f"the splits {', '.join(sorted(tables)) or 'of other data'}, this one has "
+            f"the splits {', '.join(before.splits) or 'of other data'}, this one has "
             f"{config.data.splits} (config.data.splits)"
         )
         if told.all():
@@ -173,7 +173,7 @@ def _untold_validation(config: ml_collections.ConfigDict, workdir: Path, folder:
         )
     with suppress(ValueError):  # a table without a test split
         test = open_split(folder, "test", splits=config.data.splits)
-        if seen := int(told_before(test, config, workdir, folder).sum()):
+        if seen := int(before.among(test).sum()):
             print(
                 f"[{config.stage}] of the {len(test):,} test faces an earlier stage was told the "
                 f"ages of {seen:,}: evaluate will refuse them",

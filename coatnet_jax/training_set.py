@@ -6,7 +6,7 @@ else about it, and how many faces had each age, gender and race.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class TrainingSet:
         if self.train is not None:
             counts = check_no_leak(faces, self.train, run_dir=run_dir)
             before = check_stages_before(faces, run_dir, folder, fingerprint=self.fingerprint)
-            released = kept_by_releases(faces, read_config(run_dir / "config.json"))
+            kept = kept_by_releases(read_config(run_dir / "config.json"))
+            released = np.isin(short_hashes(faces.labels["pixel_hash"]), kept)
             if seen := int((released & ~trained_on(faces, self.train)).sum()):
                 refuse_trained_on(seen, faces, run_dir=run_dir, by="a released model behind")
             return counts | {"before": before}
@@ -82,7 +83,8 @@ def open_training_set(run_dir: Path, folder: Path, splits: str) -> TrainingSet:
         labels, hashes = read_record(run_dir)
         return TrainingSet(splits, told["data_fingerprint"], labels, hashes=hashes)
     validation = open_split(folder, "validation", splits=splits)
-    told = told_before(validation, read_config(run_dir / "config.json"), run_dir, folder)
+    config = read_config(run_dir / "config.json")
+    told = told_before(config, run_dir, folder, own=train.fingerprint).among(validation)
     if told.any():
         print(
             f"{told.sum():,} of the {len(told):,} validation faces calibrate no intervals: an "
@@ -92,48 +94,81 @@ def open_training_set(run_dir: Path, folder: Path, splits: str) -> TrainingSet:
     return TrainingSet(splits, train.fingerprint, train.labels, train, validation)
 
 
+@dataclass(frozen=True)
+class ToldAges:
+    """Whose ages were told to some stages: the pixel hashes of their training faces as far as the
+    data are here, the short ones that released models keep, and the names of the tables of splits.
+    """
+
+    hashes: Sequence[str]
+    released: UInt64[np.ndarray, " m"]
+    splits: tuple[str, ...]
+
+    def among(self, faces: Faces) -> Bool[np.ndarray, " n"]:
+        """Which of `faces` are such."""
+        pixel_hashes = faces.labels["pixel_hash"]
+        return np.isin(pixel_hashes, self.hashes) | np.isin(
+            short_hashes(pixel_hashes), self.released
+        )
+
+
 def told_before(
-    faces: Faces, config: ml_collections.ConfigDict, run_dir: Path, folder: Path
-) -> Bool[np.ndarray, " n"]:
-    """Of which of `faces`, of the run's own table of splits in `folder`, the stages before a run of
-    this config, or its teachers, were told the ages.
+    config: ml_collections.ConfigDict, run_dir: Path, folder: Path, *, own: str | None = None
+) -> ToldAges:
+    """The faces of which the stages before a run of this config, or its teachers, were told ages.
 
-    By pixel hash, from the tables of those stages as far as they are here and from what released
-    models keep. Faces of the run's own training split are its own affair (`check_no_leak`).
+    From the tables of those stages, in `folder` or beside it, and from what released models keep.
+    A table with the fingerprint `own`, that of the run itself, is left out: the training split of
+    that one is the run's own affair (`check_no_leak`). Where the folder of a stage is gone and
+    `run_dir` does not tell of it, nothing is found.
     """
-    told = kept_by_releases(faces, config)
-    for data, splits, print_ in labelled_before(config, run_dir):
-        if print_ == faces.fingerprint:
-            continue
-        train, _ = open_stage({"splits": splits}, folder.with_name(data))
-        if train and print_ in ("", train.fingerprint):
-            told |= trained_on(faces, train)
-    return told
-
-
-def labelled_before(config: ml_collections.ConfigDict, run_dir: Path) -> set[tuple[str, str, str]]:
-    """(data, table of splits, fingerprint) of the stages before a run of this config, and of its
-    teachers, that were told ages; none where the folder of one is gone and `run_dir` does not tell.
-    """
+    begun = (run_dir / "run.json").is_file()
     try:
-        begun = (run_dir / "run.json").is_file()
         stages = stages_before(run_dir) if begun else stages_behind(config)
     except ValueError:
-        return set()
-    return {
+        stages = []
+    tables = {
         (stage["data"], stage.get("splits", "default"), stage.get("fingerprint", ""))
         for stage in stages
         if learned_ages(stage)
     }
+    hashes = [
+        train.labels["pixel_hash"]
+        for name, splits, fingerprint in sorted(tables)
+        if fingerprint != own
+        and (train := open_stage({"splits": splits}, folder.with_name(name))[0])
+        and fingerprint in ("", train.fingerprint)
+    ]
+    return ToldAges(
+        np.concatenate(hashes) if hashes else (),
+        kept_by_releases(config),
+        tuple(sorted({splits for _, splits, _ in tables})),
+    )
 
 
-def kept_by_releases(faces: Faces, config: ml_collections.ConfigDict) -> Bool[np.ndarray, " n"]:
-    """Which of `faces` the released models behind a run of this config say they were trained on."""
-    found = np.zeros(len(faces), bool)
-    for folder in folders_behind(config):
-        if (folder / FILE).is_file():
-            found |= np.isin(short_hashes(faces.labels["pixel_hash"]), read_record(folder)[1])
-    return found
+def told_so_far(run_dir: Path, folder: Path) -> ToldAges:
+    """The faces of which the run, the stages before it or its teachers were told ages: those of
+    `told_before` and, where the run learned from ages, those of its own training split.
+
+    Raises as `open_trained` does where neither that split nor a release's record of it is here.
+    """
+    config = read_config(run_dir / "config.json")
+    if (run_dir / FILE).is_file():
+        before = told_before(config, run_dir, folder)
+        return replace(before, released=np.append(before.released, read_record(run_dir)[1]))
+    if not learned_ages({"stage": config.stage, "method": config.get("method", "")}):
+        return told_before(config, run_dir, folder)
+    train, _ = open_trained(run_dir, folder.with_name(config.data.name), config.data.splits)
+    before = told_before(config, run_dir, folder, own=train.fingerprint)
+    return replace(before, hashes=[*before.hashes, *train.labels["pixel_hash"]])
+
+
+def kept_by_releases(config: ml_collections.ConfigDict) -> UInt64[np.ndarray, " m"]:
+    """Hashes of the faces that the released models behind a run of this config were trained on."""
+    kept = [
+        read_record(folder)[1] for folder in folders_behind(config) if (folder / FILE).is_file()
+    ]
+    return np.concatenate(kept) if kept else np.zeros(0, np.uint64)
 
 
 def write_record(out: Path, run_dir: Path, folder: Path, splits: str) -> None:

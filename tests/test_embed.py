@@ -15,6 +15,7 @@ from PIL import Image
 from coatnet_jax import embed, embed_plots, plots
 from coatnet_jax.metrics import mae
 from coatnet_jax.probe import probe_age
+from coatnet_jax.training_set import ToldAges
 
 
 def clusters(n=90, d=24, seed=0):
@@ -149,6 +150,7 @@ def fake_faces(n, seed):
         "gender": rng.integers(-1, 2, n),
         "race": rng.integers(-1, 5, n),
         "file": np.array([f"{seed}/{i}.jpg" for i in range(n)]),
+        "pixel_hash": np.array([f"{seed:032x}{i:032x}" for i in range(n)]),
     }
 
     class Faces(SimpleNamespace):
@@ -183,6 +185,7 @@ def joined(monkeypatch):
     monkeypatch.setattr(embed, "random_run", lambda *_, **__: run(noise, 0))
     monkeypatch.setattr(embed, "open_split", lambda folder, split, splits: faces[split])
     monkeypatch.setattr(embed, "predict_split", predict_split)
+    monkeypatch.setattr(embed, "told_so_far", lambda *_: ToldAges((), np.zeros(0, np.uint64), ()))
     return faces
 
 
@@ -240,6 +243,30 @@ def test_other_splits_and_sets_have_folders_of_their_own(joined, tmp_path):
     embed.run(tmp_path, "data", max_points=20, show_faces=False, which="latest")
     assert not json.loads((tmp_path / "embed/embed.json").read_text())["chosen_here"]
     assert len(list(tmp_path.glob("embed*"))) == 3
+
+
+def test_faces_whose_ages_were_told_are_counted_on_the_page(joined, tmp_path, monkeypatch, capsys):
+    def page(told):
+        monkeypatch.setattr(embed, "told_so_far", told)
+        embed.run(tmp_path, "data", max_points=20, show_faces=False)
+        kept = json.loads((tmp_path / "embed/embed.json").read_text())["told"]
+        return kept, (tmp_path / "embed/embed.md").read_text()
+
+    hashes = [joined[name].labels["pixel_hash"] for name in ("validation", "train")]
+    told = ToldAges([*hashes[0][:3], *hashes[1][:100], "0"], np.zeros(0, np.uint64), ())
+    kept, text = page(lambda *_: told)
+    assert kept == {"faces": 3, "reference": 100}
+    assert "told the ages of 3 of the 80 validation faces" in text
+    assert "trained with the ages of 100 of the 120 train faces" in text
+    kept, text = page(lambda *_: ToldAges((), np.zeros(0, np.uint64), ()))
+    assert kept == {"faces": 0, "reference": 0}
+    assert "told the ages" not in text and "with the ages of" not in text
+
+    def gone(*_):
+        raise FileNotFoundError("it is missing")
+
+    assert page(gone)[0] is None
+    assert "not known of which of these faces" in capsys.readouterr().out
 
 
 def test_neighbours_are_drawn_nearest_first(joined, tmp_path, monkeypatch):

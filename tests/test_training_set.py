@@ -16,6 +16,7 @@ from coatnet_jax.training_set import (
     read_record,
     short_hashes,
     told_before,
+    told_so_far,
     write_record,
 )
 from input_pipeline.pipeline import open_split
@@ -141,7 +142,8 @@ def test_validation_faces_whose_ages_were_told_before_are_found(folder, chain, t
     assert 0 < in_fold.sum() < len(names)
 
     def told(config, run="new"):
-        return told_before(validation, config, tmp_path / run, folder).tolist()
+        before = told_before(config, tmp_path / run, folder, own=validation.fingerprint)
+        return before.among(validation).tolist()
 
     nobody = [False] * len(names)
     fold = chain("fold", splits="fold0")
@@ -168,15 +170,39 @@ def test_a_release_remembers_what_it_was_told_where_the_table_is_gone(folder, ch
     (fold / "run.json").write_text(json.dumps({"data_fingerprint": "of other data"}))
     config = later(fold, folder.parent)
     test = open_split(folder, "test")
-    told = told_before(test, config, tmp_path / "new", folder)
+    before = told_before(config, tmp_path / "new", folder, own=test.fingerprint)
     both = [name in hashes(folder, splits="fold0") for name in test.labels["pixel_hash"]]
-    assert told.tolist() == both and 0 < sum(both) < len(test)
+    assert before.among(test).tolist() == both and 0 < sum(both) < len(test)
     run = chain("run", init_from=str(fold))
     trained = open_training_set(run, folder, "default")
     assert len(trained.validation) < len(open_split(folder, "validation"))
-    assert not told_before(trained.validation, config, tmp_path, folder).any()
+    assert not before.among(trained.validation).any()
     with pytest.raises(ValueError, match=f"^{sum(both)} of the {len(test)} .* of a released model"):
         trained.check(test, run_dir=run, folder=folder)
+
+
+def test_a_run_was_told_its_own_training_faces_and_those_of_stages_before(folder, chain):
+    def told(run):
+        whole = open_split(folder, "all")
+        found = told_so_far(run, folder).among(whole)
+        return set(np.array(whole.labels["pixel_hash"])[found])
+
+    own, before = hashes(folder), hashes(folder, splits="fold0")
+    assert told(chain("simclr", "pretrain")) == set()
+    fold = chain("fold", splits="fold0")
+    assert told(fold) == before
+    run = chain("run", init_from=str(fold))
+    assert told(run) == own | before > own
+    assert told(chain("supcon", "pretrain", method="supcon")) == own
+    assert told(chain("simclr again", "pretrain", init_from=str(fold))) == before
+    # A release's record is enough.
+    write_record(run, run, folder, "default")
+    shutil.rmtree(fold)
+    (run / "run.json").write_text(json.dumps({"data_fingerprint": "of other data"}))
+    assert told(run) == own | before
+    (run / training_set.FILE).unlink()
+    with pytest.raises(ValueError, match="prepare the data as they were"):
+        told_so_far(run, folder)
 
 
 def test_no_face_that_was_told_chooses_the_checkpoint(folder, chain, tmp_path, capsys):
