@@ -232,6 +232,13 @@ def make_schedule(
     )
 
 
+def warmup_steps(config: ml_collections.ConfigDict, schedule: loop.Schedule) -> int:
+    """Steps of the warm-up, fewer than the training has: rounded to whole steps, a few epochs can
+    be as many as a few more."""
+    steps = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
+    return min(steps, schedule.total_steps - 1)
+
+
 def _tell_conflicts(config: ml_collections.ConfigDict, conflicts: list[dict[str, str]]) -> None:
     done = {"drop": "left out", "widen": "trained on with the ages of all their copies"}
     groups = len({row["group"] for row in conflicts})
@@ -351,7 +358,7 @@ def run_stage(
         print(f"[{config.stage}] {parts} from {config.init_from}", flush=True)
     # Made after the backbone is loaded: a moving average starts from the loaded weights.
     schedule = setting.schedule
-    warmup = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
+    warmup = warmup_steps(config, schedule)
     shape = partial(warmup_cosine, total_steps=schedule.total_steps, warmup_steps=warmup)
     create = partial(
         create_optimizer,

@@ -19,6 +19,7 @@ from coatnet_jax import (
     finetune,
     inference,
     loop,
+    optim,
     pretrain,
     release_weights,
     sharding,
@@ -505,6 +506,18 @@ BAD_VALUES = (
     *("model.image_size=0", "model.image_size=-5", "data.image_size=0", "model.mean=(0.5,0.5)"),
     *("progressive=(32.5,48)", "progressive=(-1,48)"),
 )
+
+
+def test_warm_up_that_rounds_to_the_whole_training_leaves_a_step():
+    config = load_config("pretrain:atto,drawn")
+    config.batch_size, config.epochs, config.optim.warmup_epochs = 64, 1.2, 1.1
+    stage.check_values(config)
+    schedule = stage.make_schedule(config, faces=112)
+    warmup = stage.warmup_steps(config, schedule)
+    assert (warmup, schedule.total_steps) == (1, 2)
+    optim.warmup_cosine(1.0, total_steps=schedule.total_steps, warmup_steps=warmup)
+    config.epochs, config.optim.warmup_epochs = 8, 1.0  # as ever where there is room
+    assert stage.warmup_steps(config, stage.make_schedule(config, faces=112)) == 2
 
 
 # What ended in a traceback, in "the loss is not finite", or trained on without a word.
