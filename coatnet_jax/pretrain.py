@@ -80,12 +80,19 @@ def scaled_learning_rate(config: ml_collections.ConfigDict) -> float:
 
 
 def check_accumulation(config: ml_collections.ConfigDict, devices: int) -> None:
-    """Raise ValueError where the batch does not divide into `accumulate` parts for the devices."""
+    """Raise ValueError where the batch does not divide into `accumulate` parts for the devices, or
+    a part is a single image: losses, BatchNorm and what is watched compare images."""
     parts = config.accumulate
     if parts < 1 or config.batch_size % (parts * devices):
         raise ValueError(
             f"batch_size {config.batch_size} does not divide into accumulate={parts} parts on "
             f"{devices} device(s)"
+        )
+    if config.batch_size == parts:
+        raise ValueError(
+            f"batch_size {config.batch_size} in accumulate={parts} part(s) leaves one image to "
+            "compare with no other: pre-training needs at least 2 in each part; raise "
+            "--config.batch_size or lower --config.accumulate"
         )
 
 

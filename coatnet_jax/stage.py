@@ -57,19 +57,29 @@ LATER_KEYS = {
     **{"distill.teachers": "", "distill.weight": 0.5},
 }
 AT_LEAST_0 = ("at least 0", lambda x: 0 <= x < math.inf)
+AT_LEAST_1 = ("at least 1", lambda x: x >= 1)
+OVER_0 = ("over 0", lambda x: 0 < x < math.inf)
+SHARE = ("at least 0 and at most 1", lambda x: 0 <= x <= 1)
 BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "epochs": ("over 0", lambda x: 0 < x < math.inf),
-    "batch_size": ("at least 1", lambda x: x >= 1),
-    "log_every": ("at least 1", lambda x: x >= 1),
-    "monitor.every_epochs": ("over 0", lambda x: 0 < x < math.inf),
+    "epochs": OVER_0,
+    "batch_size": AT_LEAST_1,
+    "log_every": AT_LEAST_1,
+    "monitor.every_epochs": OVER_0,
     "monitor.patience": ("at least 0 (0: never stop early)", lambda x: x >= 0),
     "monitor.images": ("at least 5", lambda x: x >= 5),  # as many as the probe wants
-    "loss.temperature": ("over 0", lambda x: 0 < x < math.inf),
-    "loss.sigma": ("over 0", lambda x: 0 < x < math.inf),
-    "loss.years": ("at least 1", lambda x: x >= 1),
+    "loss.temperature": OVER_0,
+    "loss.student_temperature": OVER_0,
+    "loss.teacher_temperature": OVER_0,
+    **dict.fromkeys(("loss.momentum", "loss.center_momentum", "loss.frozen_prototypes"), SHARE),
+    **{f"loss.{term}": AT_LEAST_0 for term in ("redundancy", "invariance", "variance")},
+    "loss.covariance": AT_LEAST_0,
+    "loss.sigma": OVER_0,
+    "loss.years": AT_LEAST_1,
+    **{f"projection.{width}": AT_LEAST_1 for width in ("hidden", "bottleneck", "out")},
+    "prediction.hidden": AT_LEAST_1,
     "ema": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
     "mixup": AT_LEAST_0,
-    "optim.lr": ("over 0", lambda x: 0 < x < math.inf),
+    "optim.lr": OVER_0,
     "optim.weight_decay": AT_LEAST_0,
     "optim.clip_norm": ("at least 0 (0: no clipping)", lambda x: 0 <= x < math.inf),
     "optim.warmup_epochs": AT_LEAST_0,
@@ -78,6 +88,13 @@ BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_minutes": ("at least 0 (0: never)", lambda x: 0 <= x < math.inf),
     "distill.weight": ("over 0 and at most 1", lambda x: 0 < x <= 1),
     "model.drop_path": ("at least 0 and less than 1", lambda x: 0 <= x < 1),
+    "model.image_size": AT_LEAST_1,
+    "data.image_size": AT_LEAST_1,
+    "progressive": (
+        "whole numbers of pixels, at least 1",
+        lambda x: all(isinstance(size, int) and size >= 1 for size in x),
+    ),
+    "model.mean": ("three numbers", lambda x: len(x) == 3 and all(map(math.isfinite, x))),
     "model.std": ("three numbers over 0", lambda x: len(x) == 3 and min(x) > 0),
     "optim.layer_decay": ("over 0 and at most 1", lambda x: 0 < x <= 1),
     "augment.crop": (
@@ -215,6 +232,13 @@ def make_schedule(
     )
 
 
+def warmup_steps(config: ml_collections.ConfigDict, schedule: loop.Schedule) -> int:
+    """Steps of the warm-up, fewer than the training has: rounded to whole steps, a few epochs can
+    be as many as a few more."""
+    steps = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
+    return min(steps, schedule.total_steps - 1)
+
+
 def _tell_conflicts(config: ml_collections.ConfigDict, conflicts: list[dict[str, str]]) -> None:
     done = {"drop": "left out", "widen": "trained on with the ages of all their copies"}
     groups = len({row["group"] for row in conflicts})
@@ -334,7 +358,7 @@ def run_stage(
         print(f"[{config.stage}] {parts} from {config.init_from}", flush=True)
     # Made after the backbone is loaded: a moving average starts from the loaded weights.
     schedule = setting.schedule
-    warmup = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
+    warmup = warmup_steps(config, schedule)
     shape = partial(warmup_cosine, total_steps=schedule.total_steps, warmup_steps=warmup)
     create = partial(
         create_optimizer,

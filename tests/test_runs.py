@@ -19,6 +19,7 @@ from coatnet_jax import (
     finetune,
     inference,
     loop,
+    optim,
     pretrain,
     release_weights,
     sharding,
@@ -502,7 +503,48 @@ BAD_VALUES = (
     *("loss.gender=-1", "loss.race=-1", "augment.jitter=-1", "max_minutes=-1"),
     *("monitor.patience=-1", "monitor.every_epochs=inf"),
     *("distill.weight=0", "distill.weight=1.5"),
+    *("model.image_size=0", "model.image_size=-5", "data.image_size=0", "model.mean=(0.5,0.5)"),
+    *("progressive=(32.5,48)", "progressive=(-1,48)"),
 )
+
+
+def test_warm_up_that_rounds_to_the_whole_training_leaves_a_step():
+    config = load_config("pretrain:atto,drawn")
+    config.batch_size, config.epochs, config.optim.warmup_epochs = 64, 1.2, 1.1
+    stage.check_values(config)
+    schedule = stage.make_schedule(config, faces=112)
+    warmup = stage.warmup_steps(config, schedule)
+    assert (warmup, schedule.total_steps) == (1, 2)
+    optim.warmup_cosine(1.0, total_steps=schedule.total_steps, warmup_steps=warmup)
+    config.epochs, config.optim.warmup_epochs = 8, 1.0  # as ever where there is room
+    assert stage.warmup_steps(config, stage.make_schedule(config, faces=112)) == 2
+
+
+# What ended in a traceback, in "the loss is not finite", or trained on without a word.
+@pytest.mark.parametrize(
+    ("method", "bad"),
+    [
+        *(("byol", f"loss.momentum={value}") for value in (1.5, -0.1)),
+        *(
+            ("dino", f"loss.{name}_temperature={value}")
+            for name in ("student", "teacher")
+            for value in (0, -1)
+        ),
+        *(("dino", bad) for bad in ("loss.center_momentum=2", "loss.frozen_prototypes=2")),
+        *(("dino", f"projection.{width}=0") for width in ("hidden", "bottleneck", "out")),
+        ("byol", "prediction.hidden=0"),
+        ("barlow_twins", "loss.redundancy=-1"),
+        *(("vicreg", f"loss.{term}=-1") for term in ("invariance", "variance", "covariance")),
+    ],
+)
+def test_impossible_values_of_a_method_are_refused_by_name(method, bad):
+    config = load_config(f"pretrain:atto,drawn,{method}")
+    stage.check_values(config)
+    key, value = bad.split("=")
+    part, name = key.split(".")
+    config[part][name] = type(config[part][name])(float(value))
+    with pytest.raises(ValueError, match=f"config.{key} is .*, it must be "):
+        stage.check_values(config)
 
 
 def test_command_line_errors_are_one_line(drawn_root, pretrained, finetuned, tmp_path, capsys):

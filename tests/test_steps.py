@@ -1,5 +1,6 @@
 """The jitted training steps: the same on 1 and 8 devices, and learning."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from coatnet_jax.config import load_config
 from coatnet_jax.finetune import finetune_train_step
 from coatnet_jax.heads import AgeModel, ProjectionHead, SiameseModel
 from coatnet_jax.losses import cross_entropy
-from coatnet_jax.pretrain import first_extra, pretrain_train_step
+from coatnet_jax.pretrain import check_accumulation, first_extra, pretrain_train_step
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_batch
 from coatnet_jax.ssl.methods import METHODS, create_method, create_siamese
 from coatnet_jax.ssl.simclr import SimCLR
@@ -332,6 +333,23 @@ def test_step_of_every_method_gives_a_state_of_the_same_shape_and_finite_metrics
     )
     assert jax.eval_shape(lambda: state) == before
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "message"),
+    [
+        (1, 1, "leaves one image to compare with no other"),
+        (32, 32, "leaves one image to compare with no other"),
+        (32, 3, "does not divide into accumulate=3 parts"),
+        (32, 0, "does not divide into accumulate=0 parts"),
+        (32, 16, None),
+    ],
+)
+def test_parts_of_a_batch_hold_images_to_compare(batch, parts, message):
+    config = load_config("pretrain:atto,drawn,byol")
+    config.batch_size, config.accumulate = batch, parts
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_accumulation(config, 1)
 
 
 def test_batch_that_does_not_fit_the_devices_is_refused():
