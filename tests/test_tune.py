@@ -434,6 +434,8 @@ def test_missing_optuna_is_named_with_its_command(tmp_path, drawn_root, monkeypa
         (["--steps=0"], "--steps=0: give 1 or more"),
         (["--search=0"], "--search=0: give the number of trials"),
         (["--search=3", "--steps=2"], "--steps=2: a trial is evaluated 5 times"),
+        (["--search=3", "--lrs=1e-3"], "--lrs is no flag of --search"),
+        (["--search=3", "--overfit-steps=9"], "--overfit-steps is no flag of --search"),
         (["--config.optim.lrr=1"], "did you mean --config.optim.lr"),
         (["--config=pretrain:atto"], "tune is for fine-tuning, not for 'pretrain'"),
     ],
