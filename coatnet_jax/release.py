@@ -88,12 +88,13 @@ def write_release(
         save_config(config, new / "config.json")
         write_json(new / "run.json", run)
         report = run_dir / "released"
-        result = evaluate.run(new, data_folder, out=report, show_faces=False)
+        # The page outlives the scratch folder, so it names the one to come.
+        result = evaluate.run(new, data_folder, out=report, show_faces=False, called=out)
         measured = {key: value for key, value in result.items() if key not in ("run", "data")}
         command = f"coatnet-jax release {run_dir.name}"
         measured["environment"] = {**result["environment"], "command": command}
         write_json(new / EVALUATION, measured)
-        others = [_again(new, other, data_folder, report) for other in others]
+        others = [_again(new, other, data_folder, report, called=out) for other in others]
         card = release_card(config, run, measured, others)
         (new / CARD).write_text(card, encoding="utf-8")
         out.mkdir(exist_ok=True)
@@ -106,7 +107,9 @@ def write_release(
     return result
 
 
-def _again(new: Path, other: Mapping[str, Any], data_folder: Path, report: Path) -> dict[str, Any]:
+def _again(
+    new: Path, other: Mapping[str, Any], data_folder: Path, report: Path, *, called: Path
+) -> dict[str, Any]:
     """An evaluation on another set made once more, with the weights that are released."""
     name, split = other["data_name"], other["split"]
     return evaluate.run(
@@ -117,6 +120,7 @@ def _again(new: Path, other: Mapping[str, Any], data_folder: Path, report: Path)
         splits=other["splits"],
         out=report / f"{name}-{split}",
         show_faces=False,
+        called=called,
     )
 
 

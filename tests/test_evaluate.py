@@ -471,6 +471,12 @@ def test_report_without_gender_and_race_shows_no_table_and_no_picture_of_them(jo
     assert {row["by"] for row in result["groups"]} == {"age"}
 
 
+def test_page_calls_the_run_as_it_is_told_to(joined, tmp_path):
+    result = evaluate.run(joined.run, joined.data, called="my_model")
+    page = (tmp_path / "run/evaluate/test/report.md").read_text()
+    assert result["run"] == "my_model" and "Run `my_model` at step 7" in page
+
+
 def test_pretraining_run_and_a_split_too_small_are_refused(joined, tmp_path, monkeypatch):
     joined.faces["test"] = fake_faces(np.zeros(0, int), "test")
     with pytest.raises(ValueError, match="holds no face"):

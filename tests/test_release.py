@@ -113,6 +113,7 @@ def test_release_holds_no_path_of_the_machine(run_dir, variables, tmp_path, monk
 
     def evaluated(folder, data, **options):
         assert (folder.name, data) == (out.name, tmp_path / "data")
+        assert options["called"] == out  # on the page, which is kept; the scratch folder is not
         assert not out.exists()  # until all is done
         assert load_variables(folder)[1] == 9  # what is measured is what was written
         return METRICS
