@@ -66,9 +66,10 @@ def run_report(workdir: str | Path) -> Path:
 
 
 def find_data(workdir: Path) -> dict[str, Any]:
-    """What is known of the data: prepare.json, or the copy beside a run; {} without both."""
-    places = [workdir / "prepare.json", *sorted(workdir.glob("data/**/prepare.json"))]
-    places += [workdir / stage / "data.json" for stage, _ in STAGES]
+    """What is known of the data: the copy of prepare.json beside a run, or prepare.json itself, {}
+    without both. The copy first: several sets may have been prepared under `workdir`."""
+    places = [workdir / stage / "data.json" for stage, _ in STAGES]
+    places += [workdir / "prepare.json", *sorted(workdir.glob("data/**/prepare.json"))]
     data = next((found for place in places if (found := _read_optional(place))), {})
     configs = [_read_optional(workdir / stage / "config.json") for stage, _ in STAGES]
     names = [config["data"]["name"] for config in configs if "name" in config.get("data", {})]

@@ -194,6 +194,13 @@ def test_name_of_the_data_is_taken_from_a_config_where_the_data_do_not_tell_it(t
     assert "drawn by this program" in report.run_report(tmp_path).read_text()
 
 
+def test_data_are_those_of_the_runs_and_not_another_set_below(tmp_path):
+    for place, name in (("data/agedb/prepare.json", "agedb"), ("finetune/data.json", "drawn")):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text(json.dumps({"name": name}))
+    assert report.find_data(tmp_path)["name"] == "drawn"
+
+
 def test_report_leaves_out_what_is_not_there(tmp_path):
     (tmp_path / "finetune").mkdir()
     text = report.run_report(tmp_path).read_text()
