@@ -250,6 +250,17 @@ def test_other_sets_are_evaluated_again_with_the_released_weights(
     )
 
 
+def test_files_of_something_else_are_not_replaced(run_dir, variables, tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=lambda *_, **__: METRICS))
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    mine = tmp_path / "project"
+    mine.mkdir()
+    (mine / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match="holds config.json of something else than a release"):
+        release.write_release(run_dir, "data", mine)
+    assert [(path.name, path.read_text()) for path in mine.iterdir()] == [("config.json", "mine")]
+
+
 def test_a_release_that_does_not_fit_leaves_the_one_before(
     run_dir, variables, tmp_path, monkeypatch
 ):
