@@ -237,7 +237,8 @@ def run(
         return _stopped(clock)
 
     def try_rates(lr: float, decay: float, part: str) -> bool:
-        name = f"lr{lr:.3g}_wd{decay:.3g}_{plan.steps}steps"
+        # With more digits than are typed: rounded, two of them could share a folder and so a result.
+        name = f"lr{lr:.12g}_wd{decay:.12g}_{plan.steps}steps"
         if same := [row for row in result["runs"] if row["run"] == name]:
             same[0]["part"] += f"+{part}"
             return True

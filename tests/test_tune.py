@@ -298,6 +298,13 @@ def test_finished_runs_are_skipped_and_stopped_ones_go_on(
     assert "mixup 0.0 there, 0.5 here" in capsys.readouterr().err
 
 
+def test_rates_that_differ_a_little_are_runs_of_their_own(fake_objective, drawn_root, tmp_path):
+    grids = ["--lrs=0.001234,0.0012341", "--weight-decays=0.05", "--steps=5"]
+    assert run_main("tune", *flags(drawn_root, tmp_path / "t"), *grids) == 0
+    table = read_csv(tmp_path / "t" / "tune.csv")
+    assert [float(row["lr"]) for row in table] == [0.001234, 0.0012341]
+
+
 @pytest.fixture(scope="module")
 def tuned(quick_compiles, drawn_root, tmp_path_factory):
     """A tuning of really trained runs, as few and as short as can be."""
