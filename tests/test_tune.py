@@ -291,6 +291,11 @@ def test_finished_runs_are_skipped_and_stopped_ones_go_on(
     before = (tmp_path / "t" / "tune.csv").read_text()
     assert run_main(*argv) == 0
     assert len(fake_objective) == 5 and (tmp_path / "t" / "tune.csv").read_text() == before
+    # Stopped in another grid, it leaves no page of the one before beside the new table.
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train", lambda setting, **options: False)
+        assert run_main(*argv, "--lrs=1e-3,1e-2,0.1") == 3
+    assert not (tmp_path / "t" / "report.html").exists()
     # Another grid adds its runs; another config is not mixed with this one.
     assert run_main(*argv, "--lrs=1e-3,1e-2,0.1") == 0
     assert len(fake_objective) == 7
