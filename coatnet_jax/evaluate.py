@@ -70,6 +70,7 @@ def run(
     show_faces: bool = True,
     decode: str | None = None,
     sides: Sequence[float] | None = None,
+    called: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a fine-tuned run and write its report; gives back what metrics.json holds.
 
@@ -78,7 +79,7 @@ def run(
     (`train+test`) or `all`. `flip` averages the picture and its mirror image, `which` names the
     checkpoint, `splits` the table of splits (default: the run's own, or of another set `default`),
     `decode` how ages are read from the probabilities and `sides` the centres they are averaged over
-    (default: the run's own).
+    (default: the run's own). The results call the run `called` (default: `run_dir`).
 
     Writes metrics.json, report.md and .html, their pictures and predictions.csv under `out`
     (default: a folder of its own in `<run_dir>/evaluate`, of a packaged model in `evaluation` or
@@ -114,7 +115,7 @@ def run(
     identity = np.asarray(faces.labels["identity"])[rows]
     persons = persons_of(identity)
     result = {
-        "run": str(run_dir),
+        "run": str(called or run_dir),
         "step": int(model.step),
         "which": which,
         "data": str(data_folder),

@@ -22,7 +22,10 @@ WORST = 12  # faces on the sheet of the largest errors
 
 
 def draw_all(out: Path, result: Mapping[str, Any]) -> None:
-    """The figures that follow from what metrics.json holds."""
+    """The figures that follow from what metrics.json holds; those of groups that nothing is known
+    of are removed, which an earlier evaluation of other labels may have drawn."""
+    for name in ("groups.png", "groups_age.png"):
+        (out / name).unlink(missing_ok=True)
     cumulative_scores(out / "cs.png", result["cs"], constant=result["baseline"]["cs"])
     calibration(out / "calibration.png", result["calibration"])
     rows = [row for row in result.get("groups", []) if row["support"]]

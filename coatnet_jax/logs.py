@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def write_run_info(
 def environment() -> dict:
     """What a result depends on besides config and data: command, revision, versions, machine."""
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),  # to be given again, whatever stands in its paths
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},

@@ -158,6 +158,11 @@ def _tune(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="coatnet-jax tune", allow_abbrev=False)
     _add_tune_arguments(parser)
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.search is not None:
+        for name in ("lrs", "weight_decays", "overfit_faces", "overfit_steps"):
+            if getattr(arguments, name) != parser.get_default(name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is no flag of --search: leave out one of the two")
     config, workdir = parse_training_flags(rest, default="finetune")
     check_writable(workdir, flag="--workdir")
     if config.get("stage") != "finetune":
@@ -190,7 +195,8 @@ def _add_tune_arguments(tune: argparse.ArgumentParser) -> None:
         "--search",
         type=int,
         metavar="N",
-        help="instead: N trials of an Optuna search (needs pip install '.[tune]')",
+        help="instead, without the grids and the faces to learn by heart: N trials of an Optuna "
+        "search, --steps each (needs pip install '.[tune]')",
     )
 
 

@@ -392,6 +392,14 @@ def _printable(path: Path) -> str:
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def _in_one_line(name: str) -> str:
+    """The name without line breaks and control characters: they would break a table, and Pillow
+    refuses to measure a text of two lines."""
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in name
+    )
+
+
 def table(rows: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]] = ()) -> str:
     """The rows as text: file, age, 90 % interval and its kind, class, its probability, note; then
     the skipped, with '–' for the age and the reason for a note."""
@@ -400,7 +408,7 @@ def table(rows: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]
         of = f" ({row['face']} of {row['faces']})" if row["faces"] > 1 else ""
         lines.append(
             (
-                row["file"] + of,
+                _in_one_line(row["file"]) + of,
                 f"{np.floor(row['age'] + 0.5):.0f}",
                 f"{row['low']:.0f}–{row['high']:.0f}",
                 row["class"],
@@ -409,7 +417,8 @@ def table(rows: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]
             )
         )
     for row in skipped:
-        lines.append((row["file"], "–", "–", "–", "–", f"skipped: {row['reason']}"))
+        name = _in_one_line(row["file"])
+        lines.append((name, "–", "–", "–", "–", f"skipped: {row['reason']}"))
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:5], widths[1:]), line[5]])
@@ -419,7 +428,7 @@ def table(rows: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]
 
 def _reason(skipped: Sequence[Mapping[str, str]]) -> str:
     first = skipped[0]
-    return f"{first['file']}: {first['reason']}" + (" …" if len(skipped) > 1 else "")
+    return f"{_in_one_line(first['file'])}: {first['reason']}" + (" …" if len(skipped) > 1 else "")
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -447,7 +456,7 @@ def write_pictures(
         pictures.save_image(out / "annotated" / f"{name}.jpg", picture, comment=DRAWN)
         for row in found[: ON_SHEET - len(tiles)]:
             number = f" ({row['face']} of {row['faces']})" if row["faces"] > 1 else ""
-            options = {"caption": path.name + number, "true_age": true_ages.get(path)}
+            options = {"caption": _in_one_line(path.name) + number, "true_age": true_ages.get(path)}
             tiles.append(_annotated(row["look"].crop(image, 256), row, **options))
         count()
     pictures.contact_sheet(out / "predictions.png", tiles)

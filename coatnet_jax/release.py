@@ -31,6 +31,7 @@ from coatnet_jax.training_set import write_record
 KEPT = ("started", "parameters", "data_fingerprint", "git_revision", "python", "versions")
 KEPT += ("devices", "machine", "wall_seconds", "averaged")
 EVALUATION, CARD = "evaluation.json", "MODEL_CARD.md"
+NAMES = ("config.json", "run.json", EVALUATION, conformal.FILE, CARD)  # beside the weights
 WANTED = ("parameters", "data_fingerprint", "git_revision", "devices")  # by the card
 
 
@@ -48,8 +49,9 @@ def write_release(
     `sides` take the place of the run's own `eval_sides`; choose them on the validation split.
     `max_mb` is how many million bytes the weights may take. Gives back the evaluation, whose report
     goes to `<run_dir>/released`. Raises ValueError for a run without an age head or one whose
-    `init_from` is gone, where `out` holds a run or the weights take more than `max_mb`, and what
-    `evaluate.run` raises; a release that was in `out` is replaced when all is done, not before.
+    `init_from` is gone, where `out` holds a run or other files of these names, or the weights take
+    more than `max_mb`, and what `evaluate.run` raises; a release that was in `out` is replaced when
+    all is done, not before.
     """
     run_dir, data_folder, out = Path(run_dir), Path(data_folder), Path(out)
     variables, step = load_variables(run_dir)
@@ -69,6 +71,12 @@ def write_release(
     others = _other_sets(run_dir, released, data_folder)
     if out.resolve() == run_dir.resolve() or (out / FOLDER).is_dir():
         raise ValueError(f"{out} is the folder of a run, which this would ruin; give another --out")
+    foreign = [] if is_released(out) else [name for name in NAMES if (out / name).exists()]
+    if foreign:
+        raise ValueError(
+            f"{out} holds {', '.join(foreign)} of something else than a release, which this would "
+            "replace; give another --out"
+        )
     packed = pack_weights(variables, step=step, max_mb=max_mb)
     config.model.dtype, config.model.attention = "float32", "xla"
     config.data.root, config.init_from, config.init_head = "", "", False
@@ -88,12 +96,13 @@ def write_release(
         save_config(config, new / "config.json")
         write_json(new / "run.json", run)
         report = run_dir / "released"
-        result = evaluate.run(new, data_folder, out=report, show_faces=False)
+        # The page outlives the scratch folder, so it names the one to come.
+        result = evaluate.run(new, data_folder, out=report, show_faces=False, called=out)
         measured = {key: value for key, value in result.items() if key not in ("run", "data")}
         command = f"coatnet-jax release {run_dir.name}"
         measured["environment"] = {**result["environment"], "command": command}
         write_json(new / EVALUATION, measured)
-        others = [_again(new, other, data_folder, report) for other in others]
+        others = [_again(new, other, data_folder, report, called=out) for other in others]
         card = release_card(config, run, measured, others)
         (new / CARD).write_text(card, encoding="utf-8")
         out.mkdir(exist_ok=True)
@@ -106,7 +115,9 @@ def write_release(
     return result
 
 
-def _again(new: Path, other: Mapping[str, Any], data_folder: Path, report: Path) -> dict[str, Any]:
+def _again(
+    new: Path, other: Mapping[str, Any], data_folder: Path, report: Path, *, called: Path
+) -> dict[str, Any]:
     """An evaluation on another set made once more, with the weights that are released."""
     name, split = other["data_name"], other["split"]
     return evaluate.run(
@@ -117,6 +128,7 @@ def _again(new: Path, other: Mapping[str, Any], data_folder: Path, report: Path)
         splits=other["splits"],
         out=report / f"{name}-{split}",
         show_faces=False,
+        called=called,
     )
 
 

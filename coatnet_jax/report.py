@@ -6,6 +6,7 @@ and what is not there is left out.
 
 import csv
 import json
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -65,9 +66,10 @@ def run_report(workdir: str | Path) -> Path:
 
 
 def find_data(workdir: Path) -> dict[str, Any]:
-    """What is known of the data: prepare.json, or the copy beside a run; {} without both."""
-    places = [workdir / "prepare.json", *sorted(workdir.glob("data/**/prepare.json"))]
-    places += [workdir / stage / "data.json" for stage, _ in STAGES]
+    """What is known of the data: the copy of prepare.json beside a run, or prepare.json itself, {}
+    without both. The copy first: several sets may have been prepared under `workdir`."""
+    places = [workdir / stage / "data.json" for stage, _ in STAGES]
+    places += [workdir / "prepare.json", *sorted(workdir.glob("data/**/prepare.json"))]
     data = next((found for place in places if (found := _read_optional(place))), {})
     configs = [_read_optional(workdir / stage / "config.json") for stage, _ in STAGES]
     names = [config["data"]["name"] for config in configs if "name" in config.get("data", {})]
@@ -191,11 +193,21 @@ def _facts(info: Mapping[str, Any]) -> dict[str, Any]:
             facts["devices"] = f"{len(value)} × {value[0]}" if value else None
         elif key in ("data_fingerprint", "label_digest"):
             facts[key.replace("_", " ")] = value[:12]
+        elif key == "before":
+            facts["stages before"] = "; ".join(map(_stage_in_words, value)) or None
         elif isinstance(value, Mapping):
             facts[key] = _listed(value)
         else:
             facts[key.replace("_", " ")] = value
     return facts
+
+
+def _stage_in_words(stage: Mapping[str, Any]) -> str:
+    """A stage that the weights went through: 'pretrain, image size 48, …'."""
+    told = {key.replace("_", " "): value for key, value in stage.items() if key != "stage"}
+    if "fingerprint" in told:
+        told["fingerprint"] = told["fingerprint"][:12]
+    return ", ".join([stage["stage"], *([_listed(told)] if told else [])])
 
 
 def _listed(values: Mapping[str, Any], between: str = " ") -> str:
@@ -268,5 +280,8 @@ def repeat_blocks(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 def _short_command(command: str) -> str:
     """The command line without the folder the program lies in."""
-    program, _, rest = command.partition(" ")
-    return f"{Path(program).name} {rest}".strip()
+    try:
+        program, *rest = shlex.split(command)
+    except ValueError:  # older runs did not quote what the shell would take apart
+        return command
+    return shlex.join([Path(program).name, *rest])

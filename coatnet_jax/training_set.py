@@ -53,11 +53,11 @@ class TrainingSet:
             counts = check_no_leak(faces, self.train, run_dir=run_dir)
             before = check_stages_before(faces, run_dir, folder, fingerprint=self.fingerprint)
             kept = kept_by_releases(read_config(run_dir / "config.json"))
-            released = np.isin(short_hashes(faces.labels["pixel_hash"]), kept)
+            released = kept_among(faces.labels["pixel_hash"], kept)
             if seen := int((released & ~trained_on(faces, self.train)).sum()):
                 refuse_trained_on(seen, faces, run_dir=run_dir, by="a released model behind")
             return counts | {"before": before}
-        seen = int(np.isin(short_hashes(faces.labels["pixel_hash"]), self.hashes).sum())
+        seen = int(kept_among(faces.labels["pixel_hash"], self.hashes).sum())
         if seen:
             refuse_trained_on(seen, faces, run_dir=run_dir)
         return {
@@ -107,9 +107,7 @@ class ToldAges:
     def among(self, faces: Faces) -> Bool[np.ndarray, " n"]:
         """Which of `faces` are such."""
         pixel_hashes = faces.labels["pixel_hash"]
-        return np.isin(pixel_hashes, self.hashes) | np.isin(
-            short_hashes(pixel_hashes), self.released
-        )
+        return np.isin(pixel_hashes, self.hashes) | kept_among(pixel_hashes, self.released)
 
 
 def told_before(
@@ -209,6 +207,14 @@ def read_record(run_dir: Path) -> tuple[dict[str, np.ndarray], UInt64[np.ndarray
         name: np.repeat(np.arange(-1, len(arrays[name]) - 1), arrays[name]) for name in LABELS
     }
     return labels, arrays["hashes"]
+
+
+def kept_among(hashes: Sequence[str], kept: UInt64[np.ndarray, " m"]) -> Bool[np.ndarray, " n"]:
+    """Which pixel hashes, in full, are among the short ones that released models keep; where none
+    keeps any, as behind most runs, they need not be shortened."""
+    if not len(kept):
+        return np.zeros(len(hashes), bool)
+    return np.isin(short_hashes(hashes), kept)
 
 
 def short_hashes(hashes: Sequence[str]) -> UInt64[np.ndarray, " n"]:

@@ -45,6 +45,7 @@ WARMUP = 0.1  # share of a short run's steps
 BEST = 3  # learning rates in the grid
 FAR_ABOVE = 1.5  # times the untrained model's loss; a rate too small to learn stays near it
 RESULT = "result.json"
+PAGE = ("report.html", "report.md", "lr_sweep.png", "heatmap.png")  # written when all is done
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,8 @@ def run(
     report.html.
     """
     setting = open_tuning(config, workdir)
+    for name in PAGE:  # of an earlier plan; a finished one is drawn again
+        (workdir / name).unlink(missing_ok=True)
     ages = {"train": setting.train_faces.labels["age"]}
     ages["validation"] = setting.validation_faces.labels["age"]
     result: dict[str, Any] = {
@@ -237,7 +240,8 @@ def run(
         return _stopped(clock)
 
     def try_rates(lr: float, decay: float, part: str) -> bool:
-        name = f"lr{lr:.3g}_wd{decay:.3g}_{plan.steps}steps"
+        # More digits than are typed: rounded, two of them could share a folder and a result.
+        name = f"lr{lr:.12g}_wd{decay:.12g}_{plan.steps}steps"
         if same := [row for row in result["runs"] if row["run"] == name]:
             same[0]["part"] += f"+{part}"
             return True

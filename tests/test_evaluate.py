@@ -456,7 +456,9 @@ def test_another_set_is_named_with_what_the_run_was_trained_on(joined, tmp_path)
     assert "test on another data set" in page and "no promise here" in page
 
 
-def test_report_without_gender_and_race_shows_no_table_of_them(joined, tmp_path):
+def test_report_without_gender_and_race_shows_no_table_and_no_picture_of_them(joined, tmp_path):
+    evaluate.run(joined.run, joined.data)
+    assert (tmp_path / "run/evaluate/test/groups.png").is_file()  # while they are known
     joined.model.has_attributes = True
     joined.model.attributes = None  # would raise
     for faces in joined.faces.values():
@@ -465,7 +467,14 @@ def test_report_without_gender_and_race_shows_no_table_of_them(joined, tmp_path)
     assert "attributes" not in result
     page = (tmp_path / "run" / "evaluate" / "test" / "report.md").read_text()
     assert "| gender" not in page and "auxiliary heads" not in page
+    assert "groups.png" not in page and not (tmp_path / "run/evaluate/test/groups.png").exists()
     assert {row["by"] for row in result["groups"]} == {"age"}
+
+
+def test_page_calls_the_run_as_it_is_told_to(joined, tmp_path):
+    result = evaluate.run(joined.run, joined.data, called="my_model")
+    page = (tmp_path / "run/evaluate/test/report.md").read_text()
+    assert result["run"] == "my_model" and "Run `my_model` at step 7" in page
 
 
 def test_pretraining_run_and_a_split_too_small_are_refused(joined, tmp_path, monkeypatch):

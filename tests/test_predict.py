@@ -234,6 +234,18 @@ def test_name_that_is_no_utf8_loses_no_prediction(run, tmp_path):
     assert "\ufffd.png" in (tmp_path / "out/skipped.csv").read_text(encoding="utf-8")
 
 
+def test_name_with_a_line_break_breaks_neither_the_table_nor_the_sheet(run, tmp_path, capsys):
+    name = "a\n\x1b[31mb\u202fc.jpg"
+    picture(tmp_path / "in" / name)
+    (tmp_path / "in/d\ne.png").write_text("no picture")
+    predict.run("run", [tmp_path / "in"], out=tmp_path / "out")
+    told = capsys.readouterr().out
+    assert "a \ufffd[31mb c.jpg" in told and "d e.png" in told and "\x1b" not in told
+    with (tmp_path / "out/predictions.csv").open(newline="", encoding="utf-8") as file:
+        assert [Path(row["file"]).name for row in csv.DictReader(file)] == [name]
+    assert (tmp_path / "out/predictions.png").is_file()
+
+
 def test_wrong_inputs_are_told_in_one_line(run, tmp_path):
     (tmp_path / "bad.jpg").write_text("no picture")
     (tmp_path / "none").mkdir()

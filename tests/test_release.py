@@ -113,6 +113,7 @@ def test_release_holds_no_path_of_the_machine(run_dir, variables, tmp_path, monk
 
     def evaluated(folder, data, **options):
         assert (folder.name, data) == (out.name, tmp_path / "data")
+        assert options["called"] == out  # on the page, which is kept; the scratch folder is not
         assert not out.exists()  # until all is done
         assert load_variables(folder)[1] == 9  # what is measured is what was written
         return METRICS
@@ -247,6 +248,17 @@ def test_other_sets_are_evaluated_again_with_the_released_weights(
         "| wild, all | 40 | 8.25 | 75.0 % | 91.0 % |"
         in (tmp_path / "out/MODEL_CARD.md").read_text()
     )
+
+
+def test_files_of_something_else_are_not_replaced(run_dir, variables, tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=lambda *_, **__: METRICS))
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    mine = tmp_path / "project"
+    mine.mkdir()
+    (mine / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match="holds config.json of something else than a release"):
+        release.write_release(run_dir, "data", mine)
+    assert [(path.name, path.read_text()) for path in mine.iterdir()] == [("config.json", "mine")]
 
 
 def test_a_release_that_does_not_fit_leaves_the_one_before(

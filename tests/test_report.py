@@ -5,12 +5,15 @@ import html
 import io
 import json
 import re
+import shlex
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from coatnet_jax import embed, evaluate, pages, pictures, plots, report
+from coatnet_jax.logs import environment
 
 ROWS = [{"name": "a", "years": 5.123, "n": 12345}, {"name": "b|<b>", "years": None, "n": 0}]
 
@@ -100,7 +103,8 @@ def write_demo(folder, *, name="drawn"):
         run.mkdir()
         config = {"stage": stage, "seed": 0, "ema": 0.999}
         info = {
-            "command": f"/usr/bin/coatnet-jax {stage} --config=x",
+            "command": f"'/usr/my bin/coatnet-jax' {stage} --config=x '--workdir=my runs'",
+            "before": [{"stage": "pretrain", "image_size": 48, "fingerprint": "0123456789abcdef"}],
             "parameters": 1_234_567,
             "versions": {"jax": "0.10.2"},
             "devices": ["cpu cpu"] * 2,
@@ -160,9 +164,19 @@ def test_demo_report_joins_all_stages_in_one_file(demo):
                   "Features", "Results", "Age classes", "Predictions", "To repeat it"):  # fmt: skip
         assert f"<h2>{title}</h2>" in text and f"## {title}" in markdown
     assert "0.999" in text and "1.23 M" in text and "1.5 min" in text and "jax 0.10.2" in text
-    assert "coatnet-jax pretrain --config=x" in text and "/usr/bin" not in text
+    command = "coatnet-jax pretrain --config=x '--workdir=my runs'"
+    assert f"\n{command}\n" in markdown and "/usr/" not in text
+    assert "pretrain, image size 48, fingerprint 0123456789ab" in markdown
     for link in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", markdown):
         assert (demo / link).is_file()
+
+
+def test_command_is_written_as_it_can_be_given_again(monkeypatch):
+    argv = ["coatnet-jax", "demo", "--data", "my faces/a&b.zip", "--workdir=it's"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert shlex.split(environment()["command"]) == argv
+    older = "/usr/bin/coatnet-jax demo --workdir=it's"  # not quoted
+    assert report._short_command(older) == older
 
 
 def test_report_says_whose_faces_they_are(demo, tmp_path):
@@ -178,6 +192,13 @@ def test_name_of_the_data_is_taken_from_a_config_where_the_data_do_not_tell_it(t
     (tmp_path / "finetune/config.json").write_text(json.dumps({"data": {"name": "drawn"}}))
     assert report.find_data(tmp_path) == {"name": "drawn", "kept": 9}
     assert "drawn by this program" in report.run_report(tmp_path).read_text()
+
+
+def test_data_are_those_of_the_runs_and_not_another_set_below(tmp_path):
+    for place, name in (("data/agedb/prepare.json", "agedb"), ("finetune/data.json", "drawn")):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text(json.dumps({"name": name}))
+    assert report.find_data(tmp_path)["name"] == "drawn"
 
 
 def test_report_leaves_out_what_is_not_there(tmp_path):

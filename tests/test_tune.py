@@ -291,11 +291,23 @@ def test_finished_runs_are_skipped_and_stopped_ones_go_on(
     before = (tmp_path / "t" / "tune.csv").read_text()
     assert run_main(*argv) == 0
     assert len(fake_objective) == 5 and (tmp_path / "t" / "tune.csv").read_text() == before
+    # Stopped in another grid, it leaves no page of the one before beside the new table.
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train", lambda setting, **options: False)
+        assert run_main(*argv, "--lrs=1e-3,1e-2,0.1") == 3
+    assert not (tmp_path / "t" / "report.html").exists()
     # Another grid adds its runs; another config is not mixed with this one.
     assert run_main(*argv, "--lrs=1e-3,1e-2,0.1") == 0
     assert len(fake_objective) == 7
     assert run_main(*argv, "--config.mixup=0.5") == 1
     assert "mixup 0.0 there, 0.5 here" in capsys.readouterr().err
+
+
+def test_rates_that_differ_a_little_are_runs_of_their_own(fake_objective, drawn_root, tmp_path):
+    grids = ["--lrs=0.001234,0.0012341", "--weight-decays=0.05", "--steps=5"]
+    assert run_main("tune", *flags(drawn_root, tmp_path / "t"), *grids) == 0
+    table = read_csv(tmp_path / "t" / "tune.csv")
+    assert [float(row["lr"]) for row in table] == [0.001234, 0.0012341]
 
 
 @pytest.fixture(scope="module")
@@ -434,6 +446,8 @@ def test_missing_optuna_is_named_with_its_command(tmp_path, drawn_root, monkeypa
         (["--steps=0"], "--steps=0: give 1 or more"),
         (["--search=0"], "--search=0: give the number of trials"),
         (["--search=3", "--steps=2"], "--steps=2: a trial is evaluated 5 times"),
+        (["--search=3", "--lrs=1e-3"], "--lrs is no flag of --search"),
+        (["--search=3", "--overfit-steps=9"], "--overfit-steps is no flag of --search"),
         (["--config.optim.lrr=1"], "did you mean --config.optim.lr"),
         (["--config=pretrain:atto"], "tune is for fine-tuning, not for 'pretrain'"),
     ],
