@@ -67,7 +67,8 @@ def run(
     """
     if knn_reference == split:
         raise ValueError(
-            f"knn_reference {split!r} is the split itself: every face would be its own neighbour"
+            f"neighbours and probes learn from the split {knn_reference!r}, where a face would be "
+            "its own neighbour: give another --split, like validation or test"
         )
     umap = _import_umap() if with_umap else None
     trained = load_run(Path(run_dir), which=which)
@@ -124,7 +125,8 @@ def run(
         "features": scores,
     }
     out = Path(out) if out else Path(run_dir) / _folder_name(result, own_set)
-    print(f"t-SNE of {len(chosen):,} faces, at {len(perplexities)} perplexities each …", flush=True)
+    listed = " and ".join(f"{p:g}" for p in perplexities)
+    print(f"t-SNE of {len(chosen):,} faces, at perplexity {listed} …", flush=True)
     layouts = {
         key: lay_out(z[chosen], perplexities, seed=seed, umap=umap) for key, z in features.items()
     }

@@ -124,7 +124,7 @@ def _report(
     if not all(math.isfinite(value) for value in values.values()):
         raise Diverged(
             f"the loss is not finite at step {step} ({values}): lower --config.optim.lr or raise "
-            "--config.optim.warmup_epochs; the last checkpoint is kept"
+            "--config.optim.warmup_epochs; checkpoints of steps before stay"
         )
     if step % schedule.log_every == 0 or step == 1:
         print(progress.line(step, values), flush=True)

@@ -71,8 +71,10 @@ BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "loss.student_temperature": OVER_0,
     "loss.teacher_temperature": OVER_0,
     **dict.fromkeys(("loss.momentum", "loss.center_momentum", "loss.frozen_prototypes"), SHARE),
-    **{f"loss.{term}": AT_LEAST_0 for term in ("redundancy", "invariance", "variance")},
-    "loss.covariance": AT_LEAST_0,
+    **{
+        f"loss.{term}": AT_LEAST_0
+        for term in ("redundancy", "invariance", "variance", "covariance")
+    },
     "loss.sigma": OVER_0,
     "loss.years": AT_LEAST_1,
     **{f"projection.{width}": AT_LEAST_1 for width in ("hidden", "bottleneck", "out")},
@@ -157,6 +159,13 @@ def open_stage(config: ml_collections.ConfigDict, workdir: Path, *, patience: in
     train_faces, conflicts = settle_conflicts(train_faces, how)
     if how != "keep":
         _tell_conflicts(config, conflicts)
+    if config.batch_size > len(train_faces):
+        print(
+            f"[{config.stage}] a batch of {config.batch_size:,} holds some of the "
+            f"{len(train_faces):,} training images more than once, as if they were other faces: "
+            "lower --config.batch_size",
+            flush=True,
+        )
     if config.data.cache != "none":
         train_faces = decode_once(train_faces, config.data.image_size)
         validation_faces = decode_once(validation_faces, config.data.image_size)

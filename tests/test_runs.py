@@ -508,6 +508,14 @@ BAD_VALUES = (
 )
 
 
+def test_batch_larger_than_the_training_split_is_told(drawn_root, tmp_path, capsys):
+    config = tiny("finetune", drawn_root)
+    config.batch_size = 128
+    finetune.open_finetuning(config, tmp_path / "run")
+    told = "a batch of 128 holds some of the 112 training images more than once"
+    assert told in capsys.readouterr().out
+
+
 def test_warm_up_that_rounds_to_the_whole_training_leaves_a_step():
     config = load_config("pretrain:atto,drawn")
     config.batch_size, config.epochs, config.optim.warmup_epochs = 64, 1.2, 1.1
