@@ -38,4 +38,5 @@ def _names_it(library: Path) -> bool:
     if not library.stat().st_size:  # which cannot be mapped
         return False
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-        return code.find(TRITON.encode()) >= 0
+        # With the byte that ends a name: there are longer ones that begin like it.
+        return code.find(TRITON.encode() + b"\0") >= 0
