@@ -99,6 +99,7 @@ def train(setting: Setting, *, trackers: Sequence[Callable] = (), traced_rates=F
         model,
         learning_rate=config.optim.lr * config.batch_size / 128,
         make_step=make_step,
+        jitted=finetune_train_step,
         make_evaluate=lambda: partial(evaluate, setting=setting),
         metric="mae",
         ema=config.ema > 0,

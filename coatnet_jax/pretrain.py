@@ -57,6 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
             total_steps=setting.schedule.total_steps,
             accumulate=config.accumulate,
         ),
+        jitted=pretrain_train_step,
         make_evaluate=lambda: partial(evaluate, monitor=monitor_faces(setting), setting=setting),
         metric="knn_mae",
         ema=method.serves_target,

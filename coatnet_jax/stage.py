@@ -336,6 +336,7 @@ def run_stage(
     *,
     learning_rate: float,
     make_step: Callable,
+    jitted: Any,
     make_evaluate: Callable,
     metric: str,
     ema: bool = False,
@@ -347,11 +348,13 @@ def run_stage(
 ) -> bool:
     """Train `model` from the workdir's checkpoint, else config.init_from, else scratch.
 
-    `make_step(tx)` gives the train step, `make_evaluate()` the evaluation of a state, and
+    `make_step(tx)` gives the train step, a call of the function `jitted`, whose compiled programs
+    are dropped in the end; `make_evaluate()` gives the evaluation of a state, and
     `make_extra(variables)` the first `TrainState.extra`; `metric` is the validation metric (smaller
     is better) that chooses the best checkpoint. `trackers` are told the metrics too (`MetricsLog`).
-    With `traced_rates` runs that differ in learning rate and weight decay share one compiled step
-    (`optimizer_with_traced_rates`). Returns whether the run came to its end.
+    With `traced_rates` runs that differ in learning rate and weight decay have the same program
+    (`optimizer_with_traced_rates`), which the compilation cache on the disk keeps. Returns whether
+    the run came to its end.
     """
     config, workdir, mesh = setting.config, setting.workdir, setting.mesh
     if is_main():
@@ -447,6 +450,10 @@ def run_stage(
         with suppress(OSError):  # it holds checkpoints, which the same config goes on from
             (workdir / FOLDER).rmdir()  # else the folder may be given to another config
         raise
+    finally:
+        # Of no use to another run, which has an optimizer of its own. A CPU's program maps memory a
+        # thousand times, and Linux ends a process of more than 65,530: `tune` comes to that.
+        jitted.clear_cache()
     checkpoints.close()
     if not is_main():
         return finished

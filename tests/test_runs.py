@@ -73,6 +73,12 @@ def finetuned(drawn_root, pretrained):
     return workdir
 
 
+def test_a_run_leaves_no_compiled_step_behind(finetuned):
+    # A search of a hundred runs would come to as many memory maps as Linux allows.
+    for step in (pretrain.pretrain_train_step, finetune.finetune_train_step):
+        assert step._cache_size() == 0
+
+
 def kill_after(steps, monkeypatch):
     """Make the run die in the middle of a step, as a kill does: nothing gets saved."""
     shard_batch, count = loop.shard_batch, 0
