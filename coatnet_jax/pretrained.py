@@ -101,15 +101,17 @@ def run_config(
     """
     imagenet = name == "coatnet_bn_0_rw"
     named = re.search(r"_(\d{3})(?!\d)", timm_name)
-    size = about.get("input_size", (3, int(named[1]) if named else 224))[-1]
+    size = int(named[1]) if named else 224
+    size = _three_numbers(about, "input_size", otherwise=(3, size, size))[-1]
+    grey = (0.5, 0.5, 0.5)
     config = ml_collections.ConfigDict()
     config.stage = "timm"
     config.seed = 0
     config.model = {
         "name": name,
         "image_size": image_size(state, otherwise=size),
-        "mean": tuple(about.get("mean", IMAGE_MEAN if imagenet else (0.5, 0.5, 0.5))),
-        "std": tuple(about.get("std", IMAGE_STD if imagenet else (0.5, 0.5, 0.5))),
+        "mean": _three_numbers(about, "mean", otherwise=IMAGE_MEAN if imagenet else grey),
+        "std": _three_numbers(about, "std", otherwise=IMAGE_STD if imagenet else grey),
         "drop_path": 0.0,
         "dtype": "float32",
         "classes": len(state["head.fc.weight"]),
@@ -126,6 +128,19 @@ def run_config(
         if key in about:
             config.timm[key] = about[key]
     return config
+
+
+def _three_numbers(
+    about: dict[str, Any], key: str, *, otherwise: tuple[float, ...]
+) -> tuple[float, ...]:
+    value = about.get(key, otherwise)
+    listed = isinstance(value, (list, tuple)) and len(value) == 3
+    if not listed or not all(isinstance(number, (int, float)) for number in value):
+        raise ValueError(
+            f"config.json beside the weights says {key} {value!r}, three numbers are wanted: mend "
+            "it, or take it away"
+        )
+    return tuple(value)
 
 
 def download(name: str) -> Path:
@@ -177,4 +192,6 @@ def _about(path: Path) -> dict[str, Any]:
         about = json.loads((path.parent / "config.json").read_text())
     except (OSError, ValueError):
         return {}
-    return about if isinstance(about, dict) and "architecture" in about else {}
+    if not isinstance(about, dict) or not isinstance(about.get("architecture"), str):
+        return {}
+    return about if isinstance(about.get("pretrained_cfg", {}), dict) else {}

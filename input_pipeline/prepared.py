@@ -74,5 +74,6 @@ def records_folder(folder: str | Path) -> Path:
 def _unprepared(folder: str | Path, lacks: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"{folder} holds no prepared data ({lacks}): prepare it first, as in "
-        "coatnet-jax prepare UTKFace.zip"
+        "coatnet-jax prepare UTKFace.zip, or say where it was built with --root (in a training "
+        "--config.data.root)"
     )

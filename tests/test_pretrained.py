@@ -115,6 +115,29 @@ def test_timms_description_beside_the_weights_is_read(state, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("about", "reason"),
+    [
+        ({"mean": 0.5}, "says mean 0.5, three numbers are wanted"),
+        ({"std": [0.5, "x", 1]}, r"says std \[0.5, 'x', 1\], three"),
+        ({"input_size": [3, 64]}, r"says input_size \[3, 64\], three"),
+        ({"architecture": 7, "mean": 0.5}, None),  # not timm's: as if it were not there
+        ({"pretrained_cfg": None, "mean": 0.5}, None),
+    ],
+)
+def test_description_that_cannot_be_meant_is_refused_or_none(about, reason, state, tmp_path):
+    about = {"architecture": f"{NAME}_224", **about}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    save_file(state, tmp_path / f"{NAME}_224.safetensors")
+    source = str(tmp_path / f"{NAME}_224.safetensors")
+    if reason:
+        with pytest.raises(ValueError, match=reason):
+            pretrained.run(source, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    else:
+        pretrained.run(source, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
     "timm_name, ours",
     [
         ("coatnet_0_224", "coatnet_0"),

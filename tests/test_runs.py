@@ -79,6 +79,12 @@ def test_a_run_leaves_no_compiled_step_behind(finetuned):
         assert step._cache_size() == 0
 
 
+def in_place_of(jitted, function):
+    """`function` with what a run asks of the jitted step that it stands for."""
+    function.clear_cache = jitted.clear_cache
+    return function
+
+
 def kill_after(steps, monkeypatch):
     """Make the run die in the middle of a step, as a kill does: nothing gets saved."""
     shard_batch, count = loop.shard_batch, 0
@@ -396,7 +402,7 @@ def test_fine_tuning_learns_from_a_teacher_and_goes_on_with_that_one_alone(
 
     step, given = finetune.finetune_train_step, []
     spied = lambda *args, **options: (given.append(options), step(*args, **options))[1]  # noqa: E731
-    monkeypatch.setattr(finetune, "finetune_train_step", spied)
+    monkeypatch.setattr(finetune, "finetune_train_step", in_place_of(step, spied))
     run = tmp_path / "run"
     assert finetune.run(config(), run)
     told = json.loads((run / "run.json").read_text())
@@ -674,7 +680,8 @@ def test_training_without_enough_memory_says_how_it_takes_less(
     stage, drawn_root, tmp_path, monkeypatch, capsys
 ):
     module = {"pretrain": pretrain, "finetune": finetune}[stage]
-    monkeypatch.setattr(module, f"{stage}_train_step", exhaust_memory)
+    name = f"{stage}_train_step"
+    monkeypatch.setattr(module, name, in_place_of(getattr(module, name), exhaust_memory))
     views = tmp_path / "run" / "views.png"  # left by another config that did not come far
     views.parent.mkdir()
     views.touch()
@@ -693,10 +700,11 @@ def test_training_that_ran_out_of_memory_goes_on(drawn_root, tmp_path, monkeypat
     command = small_run("finetune", drawn_root, tmp_path / "run")
 
     def exhausted_after(count, *words):
-        steps = [finetune.finetune_train_step] * count
+        name, working = "finetune_train_step", finetune.finetune_train_step
+        steps = [working] * count
         with monkeypatch.context() as patched:
             step = lambda *a, **b: (steps.pop() if steps else exhaust_memory)(*a, **b)  # noqa: E731
-            patched.setattr(finetune, "finetune_train_step", step)
+            patched.setattr(finetune, name, in_place_of(working, step))
             return call(capsys, *command, *words)
 
     assert "(32 now)" in exhausted_after(0, "--config.batch_size=32")[1]
