@@ -64,7 +64,12 @@ def stages_until(run_dir: str) -> list[dict[str, Any]]:
             f"{path} is missing, which says where the weights come from: put the folder of the run "
             "back, or correct its name in the config.json of the run after it"
         )
-    config = read_config(path)
+    return [*stages_before(run_dir), own_stage(run_dir)]
+
+
+def own_stage(run_dir: Path) -> dict[str, Any]:
+    """What a run itself is among the stages: as in `stages_before`."""
+    config = read_config(run_dir / "config.json")
     run = read_json(run_dir / "run.json", optional=True)
     stage = {"stage": config.stage, "image_size": config.model.image_size}
     if config.stage == "timm":
@@ -73,5 +78,4 @@ def stages_until(run_dir: str) -> list[dict[str, Any]]:
         stage |= {"data": config.data.name, "splits": config.data.splits, "epochs": config.epochs}
         stage |= {"fingerprint": run.get("data_fingerprint", "")}
         stage |= {"method": config.method} if "method" in config else {}
-    stage |= {"averaged": run["averaged"]} if "averaged" in run else {}
-    return [*stages_before(run_dir), stage]
+    return stage | ({"averaged": run["averaged"]} if "averaged" in run else {})

@@ -26,7 +26,7 @@ from coatnet_jax.leaks import (
     refuse_trained_on,
     trained_on,
 )
-from coatnet_jax.lineage import folders_behind, stages_before, stages_behind
+from coatnet_jax.lineage import folders_behind, own_stage, stages_before, stages_behind
 from coatnet_jax.weight_files import read_weights, write_weights
 from input_pipeline.pipeline import Faces, open_split
 
@@ -154,7 +154,7 @@ def told_so_far(run_dir: Path, folder: Path) -> ToldAges:
     if (run_dir / FILE).is_file():
         before = told_before(config, run_dir, folder)
         return replace(before, released=np.append(before.released, read_record(run_dir)[1]))
-    if not learned_ages({"stage": config.stage, "method": config.get("method", "")}):
+    if not learned_ages(own_stage(run_dir)):
         return told_before(config, run_dir, folder)
     train, _ = open_trained(run_dir, folder.with_name(config.data.name), config.data.splits)
     before = told_before(config, run_dir, folder, own=train.fingerprint)
