@@ -135,4 +135,5 @@ def _gelu(x):
 
 def _gelu_slope(x):
     density = jnp.exp(-0.5 * x * x) * np.float32(1 / np.sqrt(2 * np.pi))
-    return 0.5 * (1 + lax.erf(x * np.float32(np.sqrt(0.5)))) + x * density
+    # By erf(-x) = -erf(x): the very erf of the forward pass XLA would keep until here.
+    return 0.5 * (1 - lax.erf(x * -np.float32(np.sqrt(0.5)))) + x * density

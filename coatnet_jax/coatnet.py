@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from coatnet_jax.batchnorm import BatchNorm, gelu
 from coatnet_jax.conv import Conv3x3
 from coatnet_jax.depthwise import depthwise_conv
-from coatnet_jax.products import product
+from coatnet_jax.products import add_to_each, product
 
 EXPANSION = 4  # of MBConv and of the feed-forward layer, counted from the block's own width
 SMALLEST_IMAGE = 32
@@ -361,9 +361,11 @@ def attend(
         )
     if implementation != "xla":
         raise ValueError(f"attention must be 'xla' or 'cudnn', not {implementation!r}")
-    logits = jnp.einsum("bqnd,bknd->bnqk", q * q.shape[-1] ** -0.5, k)
-    weights = jax.nn.softmax(logits.astype(jnp.float32) + bias).astype(q.dtype)
-    return jnp.einsum("bnqk,bknd->bqnd", weights, v)
+    # Heads before tokens: a CPU's products would read and write them in strides otherwise.
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    logits = jnp.einsum("bnqd,bnkd->bnqk", q, k)
+    weights = jax.nn.softmax(add_to_each(logits.astype(jnp.float32), bias)).astype(q.dtype)
+    return jnp.swapaxes(jnp.einsum("bnqk,bnkd->bnqd", weights, v), 1, 2)
 
 
 def _check_cudnn(q):

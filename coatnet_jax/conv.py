@@ -2,9 +2,9 @@
 
 XLA computes the weight gradient of a convolution as a convolution over the batch, for which it
 transposes both images and gradients: on a CPU that costs several times the arithmetic. Here it
-is one matrix product with the patches that the kernel met. Small maps are such products forwards
-and backwards: where the result is 2x2 pixels, XLA's own takes dozens of times as long
-(`benchmarks/conv3x3.py`).
+is one matrix product, with the patches that the kernel met or, at stride 1, with shifted copies.
+Small maps are products with patches forwards and backwards: where the result is 2x2 pixels, XLA's
+own takes dozens of times as long (`benchmarks/conv3x3.py`).
 """
 
 import functools
@@ -42,7 +42,7 @@ def conv3x3(
         return _lax_conv(x, kernel, stride)
     if -(-max(x.shape[1:3]) // stride) <= SMALL_MAP:
         return _product_with_patches(x, kernel, stride)
-    return _conv_with_patches(x, kernel, stride)
+    return _conv(x, kernel, stride)
 
 
 def _lax_conv(x, kernel, stride):
@@ -55,10 +55,16 @@ def _lax_conv(x, kernel, stride):
     )
 
 
+def _pad(x, *, rows, columns):
+    # The barrier keeps XLA from padding anew for each of the slices.
+    widths = ((0, 0), (rows, rows), (columns, columns), (0, 0))
+    return lax.optimization_barrier(jnp.pad(x, widths))
+
+
 def _patches(x, stride):
     """The pixels that the nine places of the kernel meet, side by side: [b, h2, w2, 9c]."""
     last = tuple(size - (size - 1) % stride for size in x.shape[1:3])
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = _pad(x, rows=1, columns=1)
     taps = [
         padded[:, i : i + last[0] : stride, j : j + last[1] : stride]
         for i in range(3)
@@ -75,7 +81,7 @@ def _product_with_patches(x, kernel, stride):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv_with_patches(x, kernel, stride):
+def _conv(x, kernel, stride):
     return _lax_conv(x, kernel, stride)
 
 
@@ -86,11 +92,32 @@ def _forward(x, kernel, stride):
 def _backward(stride, saved, dy):
     x, kernel = saved
     _, input_gradient = jax.vjp(lambda x: _lax_conv(x, kernel, stride), x)
-    patches = _patches(x, stride)
-    dkernel = weight_gradient(
-        patches.reshape(-1, patches.shape[-1]), dy.reshape(-1, dy.shape[-1]), dtype=jnp.float32
-    )
+    dkernel = _kernel_gradient(x, dy) if stride == 1 else _strided_kernel_gradient(x, dy, stride)
     return *input_gradient(dy), dkernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
-_conv_with_patches.defvjp(_forward, _backward)
+_conv.defvjp(_forward, _backward)
+
+
+def _strided_kernel_gradient(x, dy, stride):
+    patches = _patches(x, stride)
+    return weight_gradient(
+        patches.reshape(-1, patches.shape[-1]), dy.reshape(-1, dy.shape[-1]), dtype=jnp.float32
+    )
+
+
+def _kernel_gradient(x, dy):
+    """The gradient at stride 1 from a third of the copies that patches are: float32 [3, 3, c, d].
+
+    Pixel (r, s) of dy met x at (r + i - 1, s + j - 1) by tap (i, j). Three copies of x, shifted
+    along its rows, against three of dy, shifted against its columns, make the nine pairs.
+    """
+    w, c, d = x.shape[2], x.shape[-1], dy.shape[-1]
+    x, dy = _pad(x, rows=1, columns=1), _pad(dy, rows=2, columns=0)
+    rows = x.shape[1]
+    shifted_x = jnp.stack([x[:, :, j : j + w] for j in range(3)], axis=3)
+    shifted_dy = jnp.stack([dy[:, 2 - i : 2 - i + rows] for i in range(3)], axis=3)
+    pairs = weight_gradient(
+        shifted_x.reshape(-1, 3 * c), shifted_dy.reshape(-1, 3 * d), dtype=jnp.float32
+    )
+    return pairs.reshape(3, c, 3, d).transpose(2, 0, 1, 3)

@@ -158,11 +158,10 @@ def _input_gradient(dy, kernel, stride, h, w):
 def _kernel_gradient(padded, dy, k, stride):
     """Sums tap x dy over images and pixels in float32: [k, k, c].
 
-    A loop over the rows with k² [columns, c] sums that stay in the cache: a plain reduction
-    over the leading axes walks the memory in steps of c.
+    A loop over the rows with k sums [k, columns, c], of all taps in a column of the kernel, that
+    stay in the cache: a plain reduction over the leading axes walks the memory in steps of c.
     """
     groups, b, rows, columns, c = dy.shape
-    taps = [(i, j) for i in range(k) for j in range(k)]
 
     def add_row(n, sums):
         image, row = n // rows, n % rows
@@ -170,11 +169,12 @@ def _kernel_gradient(padded, dy, k, stride):
         met = lax.dynamic_slice(padded, (0, image, row * stride, 0, 0), size)
         here = lax.dynamic_slice(dy, (0, image, row, 0, 0), (groups, 1, 1, columns, c))
         here, met = here.astype(jnp.float32), met.astype(jnp.float32)
+        last = stride * (columns - 1) + 1
         return tuple(
-            total + (_tap(met, i, j, 1, columns, stride) * here)[:, 0, 0]
-            for total, (i, j) in zip(sums, taps, strict=True)
+            total + (met[:, :, :, j : j + last : stride] * here)[:, 0]
+            for j, total in enumerate(sums)
         )
 
-    zeros = tuple(jnp.zeros((groups, columns, c), jnp.float32) for _ in taps)
+    zeros = tuple(jnp.zeros((groups, k, columns, c), jnp.float32) for _ in range(k))
     sums = lax.fori_loop(0, b * rows, add_row, zeros)
-    return jnp.stack([total.sum((0, 1)) for total in sums]).reshape(k, k, c)
+    return jnp.stack([total.sum((0, 2)) for total in sums], axis=1)

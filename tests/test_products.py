@@ -1,4 +1,4 @@
-"""Products and their gradients against NumPy's, in both ways of computing the weight gradient."""
+"""Products, sums and their gradients against NumPy's, in every way of computing them."""
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,19 @@ def test_product_and_its_gradients_are_numpys(rows, k, n, dtype):
     y, gradients = jax.vjp(products.product, jnp.asarray(x, dtype), jnp.asarray(w, dtype))
     dx, dw = gradients(jnp.asarray(dy, dtype))
     for ours, exact in ((y, x @ w), (dx, dy @ w.T), (dw, x.T @ dy)):
+        assert ours.dtype == dtype
+        np.testing.assert_array_equal(np.float32(ours), exact)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_added_to_each_has_the_sum_of_their_gradients(dtype):
+    rng = np.random.default_rng(0)
+    batch, one, dy = (
+        rng.integers(-4, 5, shape) for shape in ((6, 2, 3, 3), (2, 3, 3), (6, 2, 3, 3))
+    )
+    y, gradients = jax.vjp(products.add_to_each, jnp.asarray(batch, dtype), jnp.asarray(one, dtype))
+    dbatch, done = gradients(jnp.asarray(dy, dtype))
+    for ours, exact in ((y, batch + one), (dbatch, dy), (done, dy.sum(0))):
         assert ours.dtype == dtype
         np.testing.assert_array_equal(np.float32(ours), exact)
 
