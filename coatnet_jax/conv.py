@@ -3,8 +3,8 @@
 XLA computes the weight gradient of a convolution as a convolution over the batch, for which it
 transposes both images and gradients: on a CPU that costs several times the arithmetic. Here it
 is one matrix product, with the patches that the kernel met or, at stride 1, with shifted copies.
-Small maps are products with patches forwards and backwards: where the result is 2x2 pixels, XLA's
-own takes dozens of times as long (`benchmarks/conv3x3.py`).
+Small maps and images are products with patches forwards and backwards: where the result is 2x2
+pixels, XLA's own takes dozens of times as long (`benchmarks/conv3x3.py`).
 """
 
 import functools
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from coatnet_jax.products import product, weight_gradient
 
 SMALL_MAP = 4  # pixels of a side of the result; up to there a product is the faster form
+FEW_CHANNELS = 4  # of the input, as an image has: a product is up to four times as fast
 
 
 class Conv3x3(nn.Module):
@@ -40,7 +41,8 @@ def conv3x3(
     """Convolves, padded by one zero on each side, to ceil(h / stride) x ceil(w / stride)."""
     if jax.default_backend() != "cpu":
         return _lax_conv(x, kernel, stride)
-    if -(-max(x.shape[1:3]) // stride) <= SMALL_MAP:
+    small = -(-max(x.shape[1:3]) // stride) <= SMALL_MAP
+    if small or x.shape[-1] <= FEW_CHANNELS:
         return _product_with_patches(x, kernel, stride)
     return _conv(x, kernel, stride)
 

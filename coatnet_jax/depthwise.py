@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+AT_ONCE = 2**15  # numbers in the rows that a turn of the kernel's gradient takes
 IMPLEMENTATIONS = ("auto", "shifted", "lax")
 _auto = contextvars.ContextVar("depthwise implementation", default=None)
 
@@ -158,23 +159,25 @@ def _input_gradient(dy, kernel, stride, h, w):
 def _kernel_gradient(padded, dy, k, stride):
     """Sums tap x dy over images and pixels in float32: [k, k, c].
 
-    A loop over the rows with k sums [k, columns, c], of all taps in a column of the kernel, that
-    stay in the cache: a plain reduction over the leading axes walks the memory in steps of c.
+    A loop over the rows with k sums [images, k, columns, c], of all taps in a column of the kernel,
+    that stay in the cache: a plain reduction over the leading axes walks the memory in steps of c.
+    Where a row is short a turn takes that of several images.
     """
     groups, b, rows, columns, c = dy.shape
+    most = max(1, AT_ONCE // (columns * c))
+    images = max(n for n in range(1, most + 1) if b % n == 0)
 
     def add_row(n, sums):
-        image, row = n // rows, n % rows
-        size = (groups, 1, k, padded.shape[3], c)
+        image, row = n // rows * images, n % rows
+        size = (groups, images, k, padded.shape[3], c)
         met = lax.dynamic_slice(padded, (0, image, row * stride, 0, 0), size)
-        here = lax.dynamic_slice(dy, (0, image, row, 0, 0), (groups, 1, 1, columns, c))
+        here = lax.dynamic_slice(dy, (0, image, row, 0, 0), (groups, images, 1, columns, c))
         here, met = here.astype(jnp.float32), met.astype(jnp.float32)
         last = stride * (columns - 1) + 1
         return tuple(
-            total + (met[:, :, :, j : j + last : stride] * here)[:, 0]
-            for j, total in enumerate(sums)
+            total + met[:, :, :, j : j + last : stride] * here for j, total in enumerate(sums)
         )
 
-    zeros = tuple(jnp.zeros((groups, k, columns, c), jnp.float32) for _ in range(k))
-    sums = lax.fori_loop(0, b * rows, add_row, zeros)
-    return jnp.stack([total.sum((0, 2)) for total in sums], axis=1)
+    zeros = tuple(jnp.zeros((groups, images, k, columns, c), jnp.float32) for _ in range(k))
+    sums = lax.fori_loop(0, b // images * rows, add_row, zeros)
+    return jnp.stack([total.sum((0, 1, 3)) for total in sums], axis=1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from coatnet_jax import depthwise
 from coatnet_jax.depthwise import auto_means, depthwise_conv
 
 SIZES = [(8, 6), (7, 5), (2, 3), (1, 1)]
@@ -39,6 +40,17 @@ def test_shifted_matches_lax_with_gradients(h, w, k, stride):
     for ours, theirs in zip(shifted, lax, strict=True):
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("images, at_once", [(6, 1), (6, 4), (5, 4)])  # 1, 3 and 1 in a turn
+def test_kernels_gradient_is_one_however_many_images_a_turn_takes(
+    images, at_once, stride, monkeypatch
+):
+    x, kernel, dy = inputs(4, 4, b=images, stride=stride)
+    monkeypatch.setattr(depthwise, "AT_ONCE", at_once * dy[0, 0].size)
+    ours, lax = (run(x, kernel, dy, stride, how)[2] for how in ("shifted", "lax"))
+    np.testing.assert_allclose(ours, lax, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
