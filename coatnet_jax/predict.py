@@ -160,10 +160,15 @@ def run(
         write_pictures(out, rows, true_ages or {})
     also = ", predictions.png and annotated/" if annotate else ""
     images = len({row["file"] for row in rows})
-    faces = f"{len(rows)} faces in " if find else ""
+    faces = f"{_counted(len(rows), 'face')} in " if find else ""
     print(f"answered by {run_dir}, step {model.step}")
-    print(f"{faces}{images} of {len(paths)} images; written to {out}: predictions.csv{also}")
+    told = f"{faces}{images} of {_counted(len(paths), 'image')}"
+    print(f"{told}; written to {out}: predictions.csv{also}")
     return rows
+
+
+def _counted(number, thing):
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 # --- files ---------------------------------------------------------------------------------------

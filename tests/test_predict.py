@@ -438,11 +438,13 @@ def test_each_face_of_a_photo_has_a_row_and_a_box(run, tmp_path, capsys):
         (2, 2, 200, 170),
     ]
     printed = capsys.readouterr().out
-    assert "group.png (2 of 2)" in printed and "2 faces in 1 of 1 images" in printed
+    assert "group.png (2 of 2)" in printed and "2 faces in 1 of 1 image;" in printed
     with (tmp_path / "out/predictions.csv").open() as file:
         assert [row["x2"] for row in csv.DictReader(file)] == ["140.0", "290.0"]
     shown = np.asarray(Image.open(tmp_path / "out/annotated/group.jpg"))
     assert shown.shape == (480, 640, 3)  # small photos are grown to 640 px
+    predict.run("run", [path], find=lambda _: [face_at(*squares[0][:3])], out=tmp_path / "one")
+    assert "\n1 face in 1 of 1 image;" in capsys.readouterr().out
     for row in rows:  # the middle of the box is the photo's, its edge is not
         x1, y1, x2, y2 = (round(1.6 * row[key]) for key in ("x1", "y1", "x2", "y2"))
         assert shown[(y1 + y2) // 2, (x1 + x2) // 2, 1] == pytest.approx(90, abs=3)
