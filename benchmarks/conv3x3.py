@@ -8,13 +8,12 @@ milliseconds; a ratio over 1 says that ours is faster.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from interleaved import seconds_in_turns, waited_for
+from interleaved import median_milliseconds, waited_for
 
 from coatnet_jax.conv import conv3x3
 from coatnet_jax.pages import markdown_table
@@ -74,8 +73,7 @@ def main() -> None:
             name: waited_for(training_step(partial(conv, stride=stride)), *args)
             for name, conv in (("ours", conv3x3), ("xla", xla))
         }
-        taken = seconds_in_turns(steps, arguments.rounds).values()
-        ours, theirs = (1000 * statistics.median(seconds) for seconds in taken)
+        ours, theirs = median_milliseconds(steps, arguments.rounds)
         rows.append(
             {
                 "map": f"{side}x{side}x{c} to {d}, stride {stride}",

@@ -10,11 +10,12 @@ in GFLOP/s; a ratio over 1 says that ours is faster.
 
 import argparse
 import math
-import statistics
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from interleaved import seconds_in_turns, waited_for
+from interleaved import median_milliseconds, waited_for
 
 from coatnet_jax.pages import markdown_table
 from coatnet_jax.products import add_to_each, weight_gradient
@@ -44,16 +45,9 @@ def xla(x: jax.Array, dy: jax.Array) -> jax.Array:
     return x.T @ dy
 
 
-@jax.jit
-def our_sum(batch: jax.Array, one: jax.Array, dy: jax.Array) -> jax.Array:
-    """The gradient of what was added to each, as attention takes it."""
-    return jax.vjp(lambda one: add_to_each(batch, one), one)[1](dy)
-
-
-@jax.jit
-def xlas_sum(batch: jax.Array, one: jax.Array, dy: jax.Array) -> jax.Array:
-    """As automatic differentiation takes it."""
-    return jax.vjp(lambda one: batch + one, one)[1](dy)
+def shared_gradient(add: Callable) -> Callable:
+    """(batch, one, dy) → the gradient of what `add` gave to each of the batch, compiled."""
+    return jax.jit(lambda batch, one, dy: jax.vjp(partial(add, batch), one)[1](dy))
 
 
 def main() -> None:
@@ -81,20 +75,25 @@ def main() -> None:
     rows = []
     for layer, shape in SHARED.items():
         batch = (16, *shape)
-        mine, theirs = milliseconds(our_sum, xlas_sum, batch, shape, batch, rounds=arguments.rounds)
-        shown = "x".join(map(str, shape))
+        sums = shared_gradient(add_to_each), shared_gradient(jnp.add)
+        mine, theirs = milliseconds(*sums, batch, shape, batch, rounds=arguments.rounds)
         rows.append(
-            {"shared in": layer, "bias": shown, "ours, ms": mine, "XLA, ms": theirs}
-            | {"ratio": theirs / mine}
+            {
+                "shared in": layer,
+                "bias": "x".join(map(str, shape)),
+                "ours, ms": mine,
+                "XLA, ms": theirs,
+                "ratio": theirs / mine,
+            }
         )
     print(markdown_table(rows))
 
 
-def milliseconds(mine, theirs, *shapes, rounds: int) -> list[float]:
+def milliseconds(mine: Callable, theirs: Callable, *shapes: tuple, rounds: int) -> list[float]:
     """Medians of both functions of arrays of ones."""
     args = [jnp.ones(shape) for shape in shapes]
     both = {"ours": waited_for(mine, *args), "xla": waited_for(theirs, *args)}
-    return [1000 * statistics.median(taken) for taken in seconds_in_turns(both, rounds).values()]
+    return median_milliseconds(both, rounds)
 
 
 if __name__ == "__main__":

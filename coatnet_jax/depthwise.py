@@ -164,7 +164,7 @@ def _kernel_gradient(padded, dy, k, stride):
     Where a row is short a turn takes that of several images.
     """
     groups, b, rows, columns, c = dy.shape
-    most = max(1, AT_ONCE // (columns * c))
+    most = min(b, max(1, AT_ONCE // (columns * c)))
     images = max(n for n in range(1, most + 1) if b % n == 0)
 
     def add_row(n, sums):
