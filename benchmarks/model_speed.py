@@ -26,9 +26,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from coatnet_jax.allocator import keep_freed_memory
+from coatnet_jax.allocator import keep_freed_memory, with_thread_caches
 from coatnet_jax.runtime import set_up
 
 SIDE = 4096  # of the matrices whose product stands for the peak
@@ -216,13 +216,17 @@ def _serve(pipe, make, arguments: tuple) -> None:
 
 
 class Process:
-    """A contender that lives in a process of its own."""
+    """A contender that lives in a process of its own, begun with `environment` if that is given."""
 
-    def __init__(self, make, *arguments):
+    def __init__(self, make, *arguments, environment: Mapping[str, str] | None = None):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        ours = dict(os.environ)
+        os.environ.update(environment or {})
         self.process.start()
+        os.environ.clear()
+        os.environ.update(ours)
 
     def wait(self) -> None:
         """Until the contender is built."""
@@ -277,7 +281,12 @@ def compare(
     for group in [list(contenders)] if at_once else [[label] for label in contenders]:
         for label in group:
             make, options = contenders[label]
-            running[label] = Process(make, name, size, batch, dtype, options)
+            # As the command line begins its own, and timm where it has our allocator's settings.
+            ours = make is Ours or "allocator" in options
+            environment = with_thread_caches(os.environ) if ours else None
+            running[label] = Process(
+                make, name, size, batch, dtype, options, environment=environment
+            )
         for label in group:
             with _left_out_if_it_fails(label, running):
                 running[label].wait()

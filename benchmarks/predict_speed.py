@@ -93,7 +93,7 @@ def startup(run_dir: Path, photo: bytes, folder: Path) -> Timed:
     """Whole processes: ours with what it compiled before, ours without, the dlib package."""
     path = folder / "photo.jpg"
     path.write_bytes(photo)
-    command = [sys.executable, "-m", "coatnet_jax.main", "predict", str(run_dir), str(path)]
+    command = [sys.executable, "-m", "coatnet_jax", "predict", str(run_dir), str(path)]
     command += ["--out", str(folder / "out")]
 
     def process(argv: list[str], home: Path) -> None:

@@ -595,7 +595,3 @@ def _models(arguments: argparse.Namespace) -> None:
     from coatnet_jax.model_table import run
 
     run(arguments.names, image_size=arguments.image_size)
-
-
-if __name__ == "__main__":
-    main()

@@ -74,7 +74,7 @@ def run_processes(kind, arguments, count=2):
     one_device = " --xla_force_host_platform_device_count=1"
     meet_late = " --xla_cpu_collective_timeout_seconds=600"  # as they do on a busy machine
     environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + one_device + meet_late}
-    command = [sys.executable, "-m", "coatnet_jax.main", kind, *arguments]
+    command = [sys.executable, "-m", "coatnet_jax", kind, *arguments]
     running = [
         subprocess.Popen(
             [*command, f"--config.distributed=127.0.0.1:{port},{count},{index}"],
