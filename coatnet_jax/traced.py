@@ -5,6 +5,7 @@ keeps what XLA compiles, but is only asked after tracing, which for one photo is
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from jax import export
 SOURCES = Path(__file__).parent
 OF_TRACING = ("jax_enable_x64", "jax_default_matmul_precision")  # settings that a trace depends on
 DIGEST = hashlib.sha256().digest_size
+KEPT = 32  # programs in a folder; what nobody asked for since is most likely of another version
 _loaded: dict[tuple, Callable] = {}
 
 
@@ -61,6 +63,8 @@ def _read(path: Path) -> Callable | None:
         return None
     if hashlib.sha256(data[DIGEST:]).digest() != data[:DIGEST]:
         return None
+    with suppress(OSError):
+        os.utime(path)  # it was asked for
     return jax.jit(export.deserialize(bytearray(data[DIGEST:])).call)
 
 
@@ -73,4 +77,7 @@ def _traced(step: Callable, arguments: tuple, path: Path) -> Callable:
     with suppress(OSError):  # a full or read-only disk costs the next process time, not this one
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(hashlib.sha256(data).digest() + data)  # half of it is no file to `_read`
+        latest_last = sorted(path.parent.glob("*.stablehlo"), key=lambda file: file.stat().st_mtime)
+        for old in latest_last[:-KEPT]:
+            old.unlink()
     return jax.jit(exported.call)

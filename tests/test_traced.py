@@ -1,5 +1,6 @@
 """Traced programs on disk: what a second process takes over, and what it must not."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,6 +54,27 @@ def test_a_second_process_does_not_trace(tmp_path, another_process):
         np.testing.assert_allclose(call(other, 3 * x), expected(other, 3 * x), rtol=1e-6, atol=1e-6)
     assert steps.made == steps.count == 1
     assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".stablehlo"]
+
+
+def test_programs_that_were_not_asked_for_lately_are_removed(
+    tmp_path, another_process, monkeypatch
+):
+    monkeypatch.setattr(traced, "KEPT", 2)
+    steps, (weights, x) = Steps(), ARGUMENTS
+    other = tmp_path / "jit_step-cache"  # JAX's own, in the same folder
+    other.touch()
+    for number, key in enumerate(("first", "second", "first", "third")):
+        another_process()
+        before = set(tmp_path.glob("*.stablehlo"))
+        traced_once(steps.new, folder=tmp_path, key=key)(weights, x)
+        for path in set(tmp_path.glob("*.stablehlo")) - before:
+            os.utime(path, (number, number))  # long ago: no clock tells programs of a moment apart
+    assert steps.made == 3
+    another_process()
+    traced_once(steps.new, folder=tmp_path, key="first")(weights, x)
+    assert steps.made == 3  # it was asked for after the second
+    traced_once(steps.new, folder=tmp_path, key="second")(weights, x)
+    assert steps.made == 4 and other.exists() and len([*tmp_path.glob("*.stablehlo")]) == 2
 
 
 def test_whatever_the_program_depends_on_has_its_own(tmp_path, another_process, monkeypatch):
