@@ -78,8 +78,9 @@ def test_speed_is_told_of_the_contenders_that_run(task, at_once, capsys, monkeyp
     class Process:
         compile_seconds = {"forward": 1.0, "train": 1.0}
 
-        def __init__(self, make, *arguments):
+        def __init__(self, make, *arguments, environment):
             self.fails = make is model_speed.Timm and not arguments[-1]  # as PyTorch comes
+            assert (environment is None) == self.fails
 
         def wait(self):
             self.ask("build")
@@ -101,6 +102,32 @@ def test_speed_is_told_of_the_contenders_that_run(task, at_once, capsys, monkeyp
     assert printed.count("timm is left out: out of memory") == 1
     assert "| ours | train | 500.00 | 2.0 | - |" in printed and "| timm |" not in printed
     assert "| timm, our allocator | train |" in printed
+
+
+def test_compiling_is_timed_with_and_without_larger_caches(capsys, monkeypatch):
+    compile_speed = importlib.import_module("compile_speed")
+    slow = iter([1.0, 9.0, 5.0])  # of glibc's caches, by round
+
+    class Process:
+        def __init__(self, make, *arguments, environment):
+            larger, scan = "GLIBC_TUNABLES" in environment, arguments[-1]
+            seconds = 2.0 if larger else 7.0 if scan else next(slow)
+            self.compile_seconds = {"forward": 100.0, "train": seconds}
+
+        def wait(self):
+            pass
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(compile_speed, "Process", Process)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=30000")  # of the shell
+    monkeypatch.setattr("sys.argv", ["compile_speed.py", "--rounds", "3"])
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    compile_speed.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row for row in rows if "5.0" in row and "2.50" in row]
+    assert [row for row in rows if "7.0" in row and "3.50" in row]
 
 
 def test_few_labels_are_spread_over_the_ages(label_efficiency, drawn_root):
