@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from unittest import mock
 
 from coatnet_jax.allocator import keep_freed_memory, with_thread_caches
 from coatnet_jax.runtime import set_up
@@ -222,11 +223,8 @@ class Process:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
-        ours = dict(os.environ)
-        os.environ.update(environment or {})
-        self.process.start()
-        os.environ.clear()
-        os.environ.update(ours)
+        with mock.patch.dict(os.environ, environment or {}):
+            self.process.start()
 
     def wait(self) -> None:
         """Until the contender is built."""

@@ -48,8 +48,7 @@ def restart_with_thread_caches() -> None:
     """Begin this Python process again, with the same arguments, under `with_thread_caches`; where
     that is so already, and elsewhere than with glibc, a no-op. Nothing may have been done yet."""
     environment = with_thread_caches(os.environ)
-    on_glibc = _glibc("gnu_get_libc_version") is not None
-    if environment == os.environ or not on_glibc or not sys.executable:
+    if environment == os.environ or not sys.executable or _glibc("gnu_get_libc_version") is None:
         return
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

@@ -167,7 +167,7 @@ def run(
     return rows
 
 
-def _counted(number, thing):
+def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
