@@ -26,10 +26,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from unittest import mock
+from collections.abc import Iterator
 
-from coatnet_jax.allocator import keep_freed_memory, with_thread_caches
+from coatnet_jax.allocator import keep_freed_memory
 from coatnet_jax.runtime import set_up
 
 SIDE = 4096  # of the matrices whose product stands for the peak
@@ -217,14 +216,13 @@ def _serve(pipe, make, arguments: tuple) -> None:
 
 
 class Process:
-    """A contender that lives in a process of its own, begun with `environment` if that is given."""
+    """A contender that lives in a process of its own."""
 
-    def __init__(self, make, *arguments, environment: Mapping[str, str] | None = None):
+    def __init__(self, make, *arguments):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
-        with mock.patch.dict(os.environ, environment or {}):
-            self.process.start()
+        self.process.start()
 
     def wait(self) -> None:
         """Until the contender is built."""
@@ -279,12 +277,7 @@ def compare(
     for group in [list(contenders)] if at_once else [[label] for label in contenders]:
         for label in group:
             make, options = contenders[label]
-            # As the command line begins its own, and timm where it has our allocator's settings.
-            ours = make is Ours or "allocator" in options
-            environment = with_thread_caches(os.environ) if ours else None
-            running[label] = Process(
-                make, name, size, batch, dtype, options, environment=environment
-            )
+            running[label] = Process(make, name, size, batch, dtype, options)
         for label in group:
             with _left_out_if_it_fails(label, running):
                 running[label].wait()

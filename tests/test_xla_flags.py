@@ -1,10 +1,13 @@
-"""XLA's flag for NVIDIA GPUs is set only where JAX's CUDA plugin is there and knows it."""
+"""XLA's flag for NVIDIA GPUs is set only where JAX's CUDA plugin is there and knows it; the CPU's
+option reaches the compiler."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from coatnet_jax.xla_flags import TRITON, use_cublas
+from coatnet_jax.xla_flags import ROLLED_LOOPS, TRITON, keep_loops_rolled, use_cublas
 
 
 @pytest.fixture
@@ -41,3 +44,43 @@ def test_nothing_is_set_without_a_plugin(plugin):
     plugin.unlink()
     assert not use_cublas()
     assert TRITON not in os.environ["XLA_FLAGS"]
+
+
+def test_loops_stay_rolled_beside_other_flags(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=somewhere")
+    assert keep_loops_rolled()
+    flags = f"--xla_dump_to=somewhere --xla_backend_extra_options={ROLLED_LOOPS}"
+    assert os.environ["XLA_FLAGS"] == flags
+    assert not keep_loops_rolled()
+    assert os.environ["XLA_FLAGS"] == flags
+
+
+def test_extra_options_of_ones_own_stay(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_extra_options=another")
+    assert not keep_loops_rolled()
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_extra_options=another"
+
+
+COMPILED = """
+import os
+from coatnet_jax.runtime import set_up
+
+set_up()
+os.environ["XLA_FLAGS"] += " --xla_dump_to=" + os.environ["DUMP"]
+
+import jax
+import jax.numpy as jnp
+
+jax.jit(lambda x: x * x * (x + 1)).lower(jnp.ones(384)).compile()
+"""
+
+
+def test_the_compiler_takes_the_option(tmp_path):
+    products = {}
+    for name, flags in (("rolled", ""), ("unrolled", "--xla_backend_extra_options=xla_none")):
+        environment = {"DUMP": str(tmp_path / name), "XLA_FLAGS": flags}
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+        subprocess.run([sys.executable, "-c", COMPILED], env=os.environ | environment, check=True)
+        files = (tmp_path / name).glob("*jit*lambda*ir-with-opt.ll")
+        products[name] = sum(file.read_text().count(" fmul ") for file in files)
+    assert 0 < products["rolled"] < products["unrolled"]
