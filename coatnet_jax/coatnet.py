@@ -61,6 +61,8 @@ VARIANTS = {
 
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 dense_init = nn.initializers.xavier_uniform()
+# Fewer equal blocks are compiled sooner one by one than stacked, sliced and put back.
+SCANNED = 3
 
 
 class CoAtNet(nn.Module):
@@ -73,9 +75,9 @@ class CoAtNet(nn.Module):
       dtype: of the computation, 'float32' or 'bfloat16'. Parameters, normalisation statistics,
         softmax and features are float32 in either.
       remat: recompute each block in the backward pass, for memory.
-      scan: run the equal blocks of a stage as a loop over their stacked weights, which are saved
-        apart as ever: one block is compiled for all. XLA's CPU compiler shares equal blocks anyway
-        and is no faster for it. Drop path draws other random numbers.
+      scan: run the equal blocks of a stage, from three on, as a loop over their stacked weights,
+        which are saved apart as ever: one block is compiled for all. XLA's CPU compiler shares
+        equal blocks anyway and is no faster for it. Drop path draws other random numbers.
       attention: 'xla' or 'cudnn' (NVIDIA GPUs: bfloat16, and an even number of tokens).
       frozen_below: the stages below this one (the stem is stage 0) run as in evaluation even while
         training: running BatchNorm statistics, which stay as they are, and no drop path. For
@@ -122,7 +124,7 @@ class CoAtNet(nn.Module):
             )
             x = self._run_block(functools.partial(block, stride=2), first, x, training)
             block = functools.partial(block, stride=1)
-            if self.scan and len(others) > 1 and not self.is_initializing():
+            if self.scan and len(others) >= SCANNED and not self.is_initializing():
                 x = self._scan_blocks(block, others, x, training)
                 continue
             for name_and_rate in others:

@@ -221,7 +221,7 @@ def test_adapting_to_other_heads_or_from_a_rectangle_raises():
 
 
 def test_remat_and_scan_change_neither_values_nor_gradients_nor_statistics(images):
-    config = CoAtNetConfig((4, 6, 8, 12, 16), (1, 1, 3, 3, 1), head_dim=4)
+    config = CoAtNetConfig((4, 6, 8, 12, 16), (1, 1, 4, 4, 1), head_dim=4)
     variables = filled(shapes(CoAtNet(config), 64))
     images = jnp.concatenate([images, images], axis=2)[:, :, :64].repeat(2, axis=1)[:, :64]
 
@@ -242,6 +242,19 @@ def test_remat_and_scan_change_neither_values_nor_gradients_nor_statistics(image
             plain,
             outputs(**options),
         )
+
+
+@pytest.mark.parametrize(("depths", "loops"), [((3, 3, 3, 3), 0), ((4, 3, 5, 2), 2)])
+def test_blocks_are_scanned_from_three_equal_ones_on(depths, loops):
+    config = CoAtNetConfig((4, 4, 4, 4, 4), (1, *depths), head_dim=2)
+    variables = shapes(CoAtNet(config), 32)
+
+    def counted(scan):
+        model = CoAtNet(config, scan=scan)
+        traced = jax.make_jaxpr(lambda *a: model.apply(*a, train=False))
+        return str(traced(variables, jnp.ones((1, 32, 32, 3)))).count(" scan[")
+
+    assert (counted(False), counted(True)) == (0, loops)
 
 
 def test_scanned_blocks_draw_different_drop_paths():
