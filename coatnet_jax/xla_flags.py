@@ -14,14 +14,13 @@ EXTRA_OPTIONS, ROLLED_LOOPS = "xla_backend_extra_options", "xla_cpu_disable_loop
 def keep_loops_rolled() -> bool:
     """Have XLA's CPU compiler unroll no loops; whether the option was set.
 
-    coatnet_0's training step is compiled in a fifth less time (benchmarks/compile_speed.py) and is
+    coatnet_0's training step is compiled in a tenth less time (benchmarks/compile_speed.py) and is
     no slower: what takes long in it are products, which come from libraries, and loops that wait
     for memory. Left as it is where XLA_FLAGS has extra options already.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if EXTRA_OPTIONS in flags:
+    if EXTRA_OPTIONS in os.environ.get("XLA_FLAGS", ""):
         return False
-    os.environ["XLA_FLAGS"] = f"{flags} --{EXTRA_OPTIONS}={ROLLED_LOOPS}".strip()
+    _add(f"--{EXTRA_OPTIONS}={ROLLED_LOOPS}")
     return True
 
 
@@ -33,15 +32,18 @@ def use_cublas() -> bool:
     cores, and a notebook has two. Left as it is without JAX's CUDA plugin, where XLA_FLAGS names
     the flag already, and where the installed XLA does not know it: unknown flags end the process.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
     plugins = list(_libraries("jax_plugins", "xla_cuda*/*.so"))
-    if not plugins or TRITON in flags:
+    if not plugins or TRITON in os.environ.get("XLA_FLAGS", ""):
         return False
     # The CPU's XLA, in jaxlib, reads XLA_FLAGS too.
     if not (any(map(_names_it, _libraries("jaxlib", "*.so"))) and all(map(_names_it, plugins))):
         return False
-    os.environ["XLA_FLAGS"] = f"{flags} --{TRITON}=false".strip()
+    _add(f"--{TRITON}=false")
     return True
+
+
+def _add(flag: str) -> None:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def _libraries(package: str, pattern: str) -> Iterator[Path]:

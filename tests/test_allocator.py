@@ -12,15 +12,17 @@ on_glibc = pytest.mark.skipif(
     allocator._glibc("gnu_get_libc_version") is None, reason="the settings are glibc's"
 )
 
-SCRIPT = """
+RESIDENT = """
 import resource
-
-import numpy as np
-from coatnet_jax.allocator import give_back_freed_memory, keep_freed_memory
 
 def resident():
     with open("/proc/self/statm") as told:
         return int(told.read().split()[1]) * resource.getpagesize() / 1e6
+"""
+
+SCRIPT = """
+import numpy as np
+from coatnet_jax.allocator import give_back_freed_memory, keep_freed_memory
 
 assert keep_freed_memory()
 before = resident()
@@ -34,7 +36,7 @@ print(kept - before, resident() - before)
 @on_glibc
 def test_freed_memory_is_kept_and_handed_back():
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+        [sys.executable, "-c", RESIDENT + SCRIPT], capture_output=True, text=True, check=True
     )
     kept, left = map(float, done.stdout.split())
     assert kept > 190 and left < 20
@@ -63,10 +65,6 @@ def step(params):
         return jnp.square(features - 1).mean()
     return jax.tree.map(lambda leaf, slope: leaf - 1e-3 * slope, params, jax.grad(loss)(params))
 
-def resident():
-    with open("/proc/self/statm") as told:
-        return int(told.read().split()[1]) * 4096 / 1e6
-
 params = jax.tree.map(jnp.copy, variables["params"])
 for n in range(60):
     params = jax.block_until_ready(step(params))
@@ -78,7 +76,7 @@ for n in range(60):
 @on_glibc
 def test_a_training_does_not_grow_step_by_step():
     done = subprocess.run(
-        [sys.executable, "-c", TRAINING], capture_output=True, text=True, check=True
+        [sys.executable, "-c", RESIDENT + TRAINING], capture_output=True, text=True, check=True
     )
     early, late = map(float, done.stdout.split())
     assert late < 1.2 * early
