@@ -11,6 +11,7 @@ from coatnet_jax.coatnet import (
     CoAtNet,
     CoAtNetConfig,
     DropPath,
+    _stack,
     adapt_relative_bias,
     attend,
     pool2x2,
@@ -255,6 +256,23 @@ def test_blocks_are_scanned_from_three_equal_ones_on(depths, loops):
         return str(traced(variables, jnp.ones((1, 32, 32, 3)))).count(" scan[")
 
     assert (counted(False), counted(True)) == (0, loops)
+
+
+def test_slices_of_scanned_blocks_gradients_are_the_same_code_for_each():
+    def momentum(moments, weights):
+        grads = jax.grad(lambda weights: (_stack(weights)["w"] ** 3).sum())(weights)
+        return jax.tree.map(lambda m, g: 0.9 * m + g, moments, grads)
+
+    weights = [{"w": jnp.full((8, 3), n + 1.0)} for n in range(4)]
+    moments = jax.tree.map(jnp.ones_like, weights)
+    compiled = jax.jit(momentum).lower(moments, weights).compile()
+    np.testing.assert_allclose(
+        [new["w"] for new in compiled(moments, weights)],
+        [np.full((8, 3), 0.9 + 3 * (n + 1) ** 2) for n in range(4)],
+        rtol=1e-6,
+    )
+    # A slice at a place that XLA knows would stand there as `slice={[2:3], …}`.
+    assert " dynamic-slice(" in compiled.as_text() and " slice(" not in compiled.as_text()
 
 
 def test_scanned_blocks_draw_different_drop_paths():
