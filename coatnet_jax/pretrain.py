@@ -125,18 +125,21 @@ def pretrain_train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on `batch['image']` [b,H,W,3] uint8 and 'age' [b]: (state, loss and monitors).
 
-    With `accumulate` the batch passes in so many parts, whose gradients are averaged. That saves
-    memory, but BatchNorm and losses that compare images see only the b / accumulate images of a
-    part: it is not the step of the large batch.
+    With `accumulate` the batch passes in so many parts, whose gradients are averaged, as are the
+    next memories of the loss. That saves memory, but BatchNorm and losses that compare images see
+    only the b / accumulate images of a part: it is not the step of the large batch.
     """
     extra = state.extra or {}
     target = state.ema_params if method.serves_target else extra.get("target")
     progress = state.step / total_steps
-    gradients = partial(_gradients, state.params, target, model=model, method=method, view=view)
+    memory = extra.get("memory", {})
+    gradients = partial(
+        _gradients, state.params, target, memory, model=model, method=method, view=view
+    )
     rng = jax.random.fold_in(state.rng, state.step)
-    carried = (state.batch_stats, extra.get("memory", {}))
+    batch_stats = state.batch_stats
     if accumulate == 1:
-        grads, carried, metrics = gradients(carried, rng, batch["image"], batch["age"])
+        grads, batch_stats, seen = gradients(batch_stats, rng, batch["image"], batch["age"])
     else:
         # Every n-th image makes a part, so that each device has its share of every part.
         parts = jax.tree.map(
@@ -145,17 +148,17 @@ def pretrain_train_step(
         )
 
         def add(sums, part):
-            grads, carried, metrics = gradients(sums[1], *part)
-            return (jax.tree.map(jnp.add, sums[0], grads), carried), metrics
+            grads, batch_stats, seen = gradients(sums[1], *part)
+            return (jax.tree.map(jnp.add, sums[0], grads), batch_stats), seen
 
-        start = (jax.tree.map(jnp.zeros_like, state.params), carried)
+        start = (jax.tree.map(jnp.zeros_like, state.params), batch_stats)
         rngs = jax.random.split(rng, accumulate)
-        (grads, carried), metrics = jax.lax.scan(add, start, (rngs, *parts))
+        (grads, batch_stats), seen = jax.lax.scan(add, start, (rngs, *parts))
         grads = jax.tree.map(lambda x: x / accumulate, grads)
-        metrics = jax.tree.map(jnp.mean, metrics)
+        seen = jax.tree.map(lambda x: x.mean(0), seen)
+    metrics, memory = seen
     grads = method.masked_gradients(grads, progress)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    batch_stats, memory = carried
     new = apply_gradients(state.replace(ema_params=None), grads, batch_stats, tx=tx)
     if memory:
         extra = {**extra, "memory": memory}
@@ -168,12 +171,11 @@ def pretrain_train_step(
     return new.replace(extra=extra or None), metrics
 
 
-def _gradients(params, target, carried, rng, images, age, *, model, method, view):
-    """(gradients, next (batch_stats, memory), metrics) of some images [b,H,W,3].
+def _gradients(params, target, memory, batch_stats, rng, images, age, *, model, method, view):
+    """(gradients, next batch_stats, (metrics, next memory)) of some images [b,H,W,3].
 
     Both views pass through the encoder in one forward pass, so BatchNorm sees all 2b of them.
     """
-    batch_stats, memory = carried
     rng_first, rng_second, rng_dropout = jax.random.split(rng, 3)
     b = images.shape[0]
     # The two views of an image lie next to each other, [b, 2, ...], so that a batch that is split
@@ -203,10 +205,10 @@ def _gradients(params, target, carried, rng, images, age, *, model, method, view
         loss, metrics, next_memory = method.loss(online, targets, age=age, memory=memory)
         stats = target_stats if method.serves_target else stats
         metrics = {"loss": loss, **metrics, **alignment_and_uniformity(online["z"])}
-        return loss, (metrics, (stats, next_memory))
+        return loss, (stats, (metrics, next_memory))
 
-    (_, (metrics, carried)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return grads, carried, metrics
+    (_, (batch_stats, seen)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return grads, batch_stats, seen
 
 
 def draw_views(path: Path, setting: Setting, view: Any, *, faces: int = 12) -> None:

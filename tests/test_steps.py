@@ -20,6 +20,7 @@ from coatnet_jax.heads import AgeModel, ProjectionHead, SiameseModel
 from coatnet_jax.losses import cross_entropy
 from coatnet_jax.pretrain import check_accumulation, first_extra, pretrain_train_step
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_batch
+from coatnet_jax.ssl.dino import DINO, DINOHead
 from coatnet_jax.ssl.methods import METHODS, create_method, create_siamese
 from coatnet_jax.ssl.simclr import SimCLR
 from coatnet_jax.ssl.simsiam import SimSiam
@@ -302,20 +303,27 @@ def whole_image(rng, images):
     return images.astype(jnp.float32) / 255
 
 
-@pytest.mark.parametrize(("method", "equal"), [(SimSiam(), True), (SimCLR(), False)])
+@pytest.mark.parametrize(
+    ("method", "equal"), [(SimSiam(), True), (DINO(), True), (SimCLR(), False)]
+)
 def test_accumulated_gradients_are_those_of_the_batch_only_for_losses_of_single_images(
     method, equal
 ):
-    model = SiameseModel(Plain(), Plain(), Plain())
+    head = DINOHead(layers=1, bottleneck=4, out=8) if method == DINO() else Plain()
+    model = SiameseModel(Plain(), head, Plain())
     step = partial(pretrain_train_step, model=model, view=whole_image, method=method, total_steps=9)
-    kernels = []
+    learned = []
     for parts, devices in ((1, 1), (4, 2)):
         mesh = make_mesh(devices)
         variables = init_variables(jax.random.key(0), model, image_size=40)
-        state = replicate(create_train_state(jax.random.key(1), variables, SGD), mesh)
+        options = {"ema": method.serves_target, "extra": first_extra(method, variables, width=8)}
+        state = create_train_state(jax.random.key(1), variables, SGD, **options)
+        state = replicate(state, mesh)
         state, _ = step(state, shard_batch(make_batch(), mesh), tx=SGD, accumulate=parts)
-        kernels.append(np.asarray(state.params["backbone"]["Dense_0"]["kernel"]))
-    assert np.allclose(*kernels, atol=1e-6) == equal
+        kernel = state.params["backbone"]["Dense_0"]["kernel"]
+        center = (state.extra or {}).get("memory", {}).get("center", jnp.zeros(8))
+        learned.append(np.concatenate([np.ravel(kernel), center]))
+    assert np.allclose(*learned, atol=1e-4) == equal
 
 
 @pytest.mark.parametrize("name", METHODS)
