@@ -412,10 +412,15 @@ def _add_prepare_arguments(prepare: argparse.ArgumentParser) -> None:
 
 def _named_paths(pairs: list[str]) -> dict[str, str]:
     """{name: path} of `NAME=PATH` arguments."""
+    paths = {}
     for pair in pairs:
-        if not all(pair.partition("=")):
+        name, _, path = pair.partition("=")
+        if not (name and path):
             raise ValueError(f"--splits={pair}: give a name and a file, as in mine=split.csv")
-    return {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
+        if name in paths:
+            raise ValueError(f"--splits={pair}: {name} is {paths[name]} already; give another name")
+        paths[name] = path
+    return paths
 
 
 def _demo(arguments: argparse.Namespace) -> None:

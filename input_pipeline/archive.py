@@ -6,26 +6,41 @@ skipped. Every file met is either yielded or reported to `on_skip`, so that coun
 
 import contextlib
 import glob
-import io
 import lzma
 import os
 import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".bmp",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".gif",
+)
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+# Why a file is none of the images.
+NO_IMAGE, OF_A_MAC = "not an image file", "macOS metadata"
+ARCHIVE_WITHIN = "archive beside or within the images: unpack it, or name it as the source"
 MAX_FILE_BYTES = 256 << 20
 # Pictures are packed already: what grows more than this in unpacking is no picture.
 MAX_RATIO = 200
 PART_FILES = 1000  # of a source that is read by many workers
 _ZIP64_END = 76  # bytes of the two records that a zip64 has before the end record of every zip,
 _ZIP_END = _ZIP64_END + 22 + (1 << 16)  # and of all three with the longest comment
+_UTF8 = 1 << 11  # the flag of a zip's entry whose name is written so
 _SMALL = 1 << 20  # bytes; below this a file may be packed as well as it likes
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 # zipfile takes a damaged directory at its word: names that are no UTF-8, versions, huge offsets.
@@ -61,21 +76,21 @@ def resolve_source(source: Source) -> list[Path]:
 def iter_images(source: Source, *, on_skip: OnSkip | None = None) -> Iterator[tuple[str, bytes]]:
     """Yields (relative path, bytes) of every image file in `source` (see `resolve_source`).
 
-    With several archives the relative path begins with the archive's name. Files that are no
+    With several archives the relative path begins with the archive's name, and where two are called
+    alike with the folders that tell them apart. Files that are no
     images, unsafe, empty, larger than 256 MiB, or packed too tightly go to
     `on_skip(relative_path, reason)`. Raises ValueError on an archive that is damaged, cut short,
     encrypted, or unpacks to hundreds of times its size.
     """
-    paths = resolve_source(source)
-    for path in paths:
-        yield from _read_images(_entries(path, len(paths) > 1), on_skip or (lambda path, why: None))
+    for path, prefix in _prefixed(source):
+        yield from _read_images(_entries(path, prefix), on_skip or (lambda path, why: None))
 
 
 class Part(NamedTuple):
     """A stretch of the files of one archive or folder: those from `start` up to `stop`."""
 
     path: Path
-    named: bool  # whether the relative paths begin with the archive's name
+    prefix: str  # what the relative paths begin with
     start: int
     stop: int | None
 
@@ -85,33 +100,33 @@ def split_source(source: Source) -> list[Part]:
 
     A tar has no table of contents, so it is one part.
     """
-    paths, parts = resolve_source(source), []
-    for path in paths:
+    parts = []
+    for path, prefix in _prefixed(source):
         count = count_files(path)
         if count is None:
-            parts.append(Part(path, len(paths) > 1, 0, None))
+            parts.append(Part(path, prefix, 0, None))
         else:
             starts = range(0, count, PART_FILES)
-            parts += [Part(path, len(paths) > 1, start, start + PART_FILES) for start in starts]
+            parts += [Part(path, prefix, start, start + PART_FILES) for start in starts]
     return parts
 
 
 def iter_part(part: Part, *, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
     """Yields (relative path, bytes) as `iter_images` does, of one part of a source."""
-    entries = islice(_entries(part.path, part.named), part.start, part.stop)
+    entries = islice(_entries(part.path, part.prefix), part.start, part.stop)
     return _read_images(entries, on_skip)
 
 
-def list_files(source: Source, *, limit: float = 2000) -> tuple[list[str], int]:
-    """Returns (relative paths of the images, number of other files) without reading the files.
+def list_files(source: Source, *, limit: float = 2000) -> tuple[list[str], Counter[str]]:
+    """Returns (relative paths of the images, why how many others are none) without reading them.
 
     Stops at `limit` images, for a packed tar has to be unpacked to be listed.
     """
-    paths, names, others = resolve_source(source), [], 0
-    for path in paths:
-        for relative, name, size, _ in _entries(path, len(paths) > 1):
-            if _why_not(name, size):
-                others += 1
+    names, others = [], Counter()
+    for path, prefix in _prefixed(source):
+        for relative, name, size, _ in _entries(path, prefix):
+            if reason := _why_not(name, size):
+                others[reason] += 1
             elif len(names) < limit:
                 names.append(relative)
             else:
@@ -122,9 +137,9 @@ def list_files(source: Source, *, limit: float = 2000) -> tuple[list[str], int]:
 def read_tables(source: Source) -> dict[str, bytes]:
     """Returns {relative path: content} of the CSV files in `source`, of those up to 256 MiB that
     are not packed too tightly."""
-    paths, tables = resolve_source(source), {}
-    for path in paths:
-        for relative, name, size, read in _entries(path, len(paths) > 1):
+    tables = {}
+    for path, prefix in _prefixed(source):
+        for relative, name, size, read in _entries(path, prefix):
             if name.lower().endswith(".csv") and not _is_mac(name) and size:
                 if size <= MAX_FILE_BYTES:
                     with contextlib.suppress(_Bomb):
@@ -132,9 +147,21 @@ def read_tables(source: Source) -> dict[str, bytes]:
     return tables
 
 
-def _entries(path: Path, named: bool):
+def _prefixed(source: Source) -> list[tuple[Path, str]]:
+    """The folders and archives of a source, each with what the relative paths of its files begin
+    with: nothing for a single one, or names that no two share."""
+    paths = resolve_source(source)
+    if len(paths) == 1:
+        return [(paths[0], "")]
+    if len({path.name for path in paths}) == len(paths):
+        return [(path, f"{path.name}/") for path in paths]
+    whole = [path.absolute() for path in paths]
+    above = os.path.commonpath(path.parent for path in whole)
+    return [(path, f"{path.relative_to(above).as_posix()}/") for path in whole]
+
+
+def _entries(path: Path, prefix: str):
     """Yields (relative path, name, size, function to read it) of the files of one source."""
-    prefix = f"{path.name}/" if named else ""
     for name, size, read in (_iter_folder if path.is_dir() else _reader(path))(path):
         yield _clean(prefix + name), name, size, read
 
@@ -234,11 +261,11 @@ def _why_not(name: str, size: int | None) -> str | None:
     if ".." in parts or name.startswith(("/", "\\")) or (name[1:2] == ":" and name[0].isalpha()):
         return "unsafe path in the archive"
     if _is_mac(name):
-        return "macOS metadata"
+        return OF_A_MAC
     if _is_archive_name(name):
-        return "archive beside or within the images: unpack it, or name it as the source"
+        return ARCHIVE_WITHIN
     if not name.lower().endswith(IMAGE_SUFFIXES):
-        return "not an image file"
+        return NO_IMAGE
     if size is None:
         return "a link or device, not a file"
     if size == 0:
@@ -249,8 +276,9 @@ def _why_not(name: str, size: int | None) -> str | None:
 
 
 def _clean(name: str) -> str:
-    """Forward slashes, and characters that can be written as UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("\\", "/")
+    """Forward slashes, and characters that can be written as UTF-8, into a row of a table too."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return name.replace("\\", "/").replace("\r", "\ufffd")
 
 
 def _is_mac(name: str) -> bool:
@@ -322,6 +350,11 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     if told is not None and (found - told) % (1 << 16):
         archive.close()
         raise ValueError(f"{path} is a damaged zip ({found} of {told} entries): download it again")
+    # zipfile takes whatever lies before the last of several for no part of it. (A zip that could
+    # have become several begins with a mark of four bytes.)
+    if min((info.header_offset for info in archive.infolist()), default=0) > 4:
+        archive.close()
+        raise ValueError(f"{path} begins with another zip: name its parts apart")
     return archive
 
 
@@ -354,7 +387,15 @@ def _iter_zip(path: Path):
                     f"{path} is encrypted: unpack it with its password (7z x '{path.name}') and "
                     "give the folder"
                 )
-            yield info.filename, info.file_size, lambda info=info: _read_zip(path, archive, info)
+            yield _zip_name(info), info.file_size, lambda info=info: _read_zip(path, archive, info)
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The name of an entry; zip on Linux and a Mac's archiver write UTF-8 without saying so."""
+    if not info.flag_bits & _UTF8:
+        with contextlib.suppress(UnicodeError):
+            return info.filename.encode("cp437").decode("utf-8")
+    return info.filename
 
 
 def _check_ratio(path: Path, unpacked: int, size: int) -> None:
@@ -390,13 +431,22 @@ def _iter_tar(path: Path):
                 if not member.isdir():
                     size = member.size if member.isfile() else None
                     yield member.name, size, lambda m=member: _read_tar(path, archive, m)
-            # A tar ends with blocks of zeros; Python takes a bare end of file for the end as well.
-            if isinstance(archive.fileobj, io.BufferedReader):
-                archive.fileobj.seek(archive.offset)
-                if not archive.fileobj.read(1):
-                    raise tarfile.ReadError("unexpected end of data")
+            _check_end(archive)
     except _DAMAGE as error:
         raise _damaged_tar(path, error) from error
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raises ReadError unless a tar ends with zeros and nothing else: Python takes a bare end of
+    file and a damaged header for the end as well. All is read, for gzip's checksum comes last."""
+    archive.fileobj.seek(archive.offset)
+    rest = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("unexpected end of data")
+    while rest:
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError("a header is damaged, or another archive follows")
+        rest = archive.fileobj.read(1 << 20)
 
 
 def _read_tar(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -17,11 +17,13 @@ def decode_checked(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the RGB pixels of a whole, sane image file; grey, CMYK and alpha become RGB.
 
     The size is read from the header before anything is decoded. Raises ValueError with the reason:
-    no image, more than 100 megapixels, cut short, or undecodable.
+    no image, more than 100 megapixels, cut short, damaged, or undecodable.
     """
     _check_size(data)
     if not _is_whole(data):
         raise ValueError("image cut short")
+    if damage := _jpeg_damage(data):
+        raise ValueError(f"image damaged ({damage})")
     pixels = decode_rgb(data)
     if pixels is None:
         raise ValueError("image cannot be decoded")
@@ -109,6 +111,20 @@ def _check_size(data: bytes) -> None:
         raise ValueError("not an image, or its header is damaged") from error
     if w * h > MAX_PIXELS:
         raise ValueError("image larger than 100 megapixels")
+
+
+def _jpeg_damage(data: bytes) -> str:
+    """What libjpeg says of a JPEG that is damaged between its ends, which OpenCV decodes with grey
+    or noise from there on; '' of others."""
+    try:
+        if data.startswith(b"\xff\xd8"):
+            simplejpeg.decode_jpeg(data, "GRAY", strict=True)
+    except ValueError as error:
+        # Neither colours that simplejpeg cannot make grey nor bytes between the parts are damage.
+        reason = str(error)
+        if reason.startswith(("Corrupt", "Premature")) and "extraneous" not in reason:
+            return reason
+    return ""
 
 
 def _is_whole(data: bytes) -> bool:

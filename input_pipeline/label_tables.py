@@ -176,7 +176,7 @@ def _reader(content: bytes) -> csv.DictReader:
         text = content.decode("latin-1")
     head = text.partition("\n")[0]
     separator = max(",;\t", key=head.count)
-    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
 
 
 def _columns(name: str, found: Sequence[str], age_column: str) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from input_pipeline.archive import Source, list_files, read_tables
+from input_pipeline.archive import ARCHIVE_WITHIN, Source, list_files, read_tables
 from input_pipeline.label_tables import (
     APPA_REAL_TABLES,
     LabelTable,
@@ -102,7 +103,7 @@ class _Fit:
 def _recognise(source: Source) -> Layout:
     names, others = list_files(source)
     if not names:
-        raise ValueError(f"{_shown(source)} holds no images ({others} other files)")
+        raise ValueError(no_images(source, others))
     fits = {fit.layout.name: fit for fit in (_fit(layout, names) for layout in NAMED.values())}
     fits = {name: fit for name, fit in fits.items() if len(fit.ages) * 2 >= len(names)}
     if "afad" in fits:
@@ -132,7 +133,7 @@ def _only(source: Source, names: Sequence[str], fits: list[_Fit]) -> Layout:
     """The layout that fits; of several that give every picture the same age, the most telling."""
     if not fits:
         raise ValueError(
-            f"{_shown(source)}: the ages of its {len(names):,} or more images were not found: not "
+            f"{shown(source)}: the ages of its {len(names):,} or more images were not found: not "
             f"in names such as {', '.join(names[:3])}, nor in folders named by ages; give a table "
             "with the columns file and age (--labels=table.csv)"
         )
@@ -142,7 +143,7 @@ def _only(source: Source, names: Sequence[str], fits: list[_Fit]) -> Layout:
         differ = sum(first.ages[name] != other.ages[name] for name in both)
         if differ:
             raise ValueError(
-                f"{_shown(source)} can be read in two ways that give {differ:,} of {len(both):,} "
+                f"{shown(source)} can be read in two ways that give {differ:,} of {len(both):,} "
                 f"images different ages: by {first.layout.about}; or by {other.layout.about}; "
                 f"choose with --layout={first.layout.name} or --layout={other.layout.name}"
             )
@@ -160,7 +161,7 @@ def _appa_real(source: Source, tables: Mapping[str, bytes]) -> Layout:
     """APPA-REAL's real ages; the face crops where the source has any, else the photos."""
     found = {path: data for path, data in tables.items() if bare_name(path) in APPA_REAL_TABLES}
     if not found:
-        raise ValueError(f"{_shown(source)} holds none of {', '.join(APPA_REAL_TABLES)}")
+        raise ValueError(f"{shown(source)} holds none of {', '.join(APPA_REAL_TABLES)}")
     names, _ = list_files(source, limit=math.inf)
     crops = any(name.endswith("_face.jpg") for name in names)
     table = read_label_tables(found, crops=crops, splits_by_name=True)
@@ -175,7 +176,7 @@ def _tables_within(source: Source) -> dict[str, bytes]:
     usable = {path: content for path, content in tables.items() if is_label_table(content)}
     if not usable:
         raise ValueError(
-            f"{_shown(source)} holds no CSV table with the columns file and age "
+            f"{shown(source)} holds no CSV table with the columns file and age "
             f"({len(tables)} CSV files): give one with --labels=table.csv"
         )
     return usable
@@ -188,5 +189,15 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _shown(source: Source) -> str:
+def no_images(source: Source, others: Counter[str]) -> str:
+    """Says that a source holds no images, only other files (the number of each reason)."""
+    archives = others[ARCHIVE_WITHIN]
+    hint = (
+        f", {archives} of them archives: unpack it, or name them as the source" if archives else ""
+    )
+    return f"{shown(source)} holds no images ({others.total()} other files{hint})"
+
+
+def shown(source: Source) -> str:
+    """The paths of a source, for a message."""
     return ", ".join(map(str, source)) if isinstance(source, list | tuple) else str(source)

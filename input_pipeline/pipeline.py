@@ -448,7 +448,7 @@ def _check(
 
 def _split_file(folder: Path, splits: str | Path) -> Path:
     """Returns the path of a split file given by name or by path."""
-    if str(splits).endswith(".csv") or os.sep in str(splits):
+    if str(splits).endswith((".csv", ".csv.gz")) or os.sep in str(splits):
         return Path(os.path.expanduser(splits))
     path = folder / "splits" / f"{splits}.csv"
     if not path.is_file():

@@ -9,7 +9,10 @@ root/name/rows_without_image.csv  where a label table has such rows
 root/name/prepare.json            counts, fingerprints, versions
 """
 
+import contextlib
 import csv
+import errno
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -17,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -27,10 +31,18 @@ import tensorflow_datasets as tfds
 
 from input_pipeline.account import summary, write_account
 from input_pipeline.agedb.agedb_dataset_builder import Builder as AgeDBBuilder
-from input_pipeline.archive import Source, count_files, describe, resolve_source
+from input_pipeline.archive import (
+    ARCHIVE_WITHIN,
+    NO_IMAGE,
+    OF_A_MAC,
+    Source,
+    count_files,
+    describe,
+    resolve_source,
+)
 from input_pipeline.face_builder import FaceBuilder
 from input_pipeline.folder.folder_dataset_builder import Builder as FolderBuilder
-from input_pipeline.layouts import find_layout
+from input_pipeline.layouts import find_layout, no_images, shown
 from input_pipeline.prepared import read_labels, read_transform_id, records_folder
 from input_pipeline.progress import Count, Progress
 from input_pipeline.protocols import check_given
@@ -44,6 +56,8 @@ FORMAT = 2
 _BUILDERS = {"utkface": UTKFaceBuilder, "agedb": AgeDBBuilder}
 _TABLES = ("labels.csv", "skipped.csv", "conflicts.csv", "rows_without_image.csv")
 _OURS = {"tfds", "splits", "prepare.json", *_TABLES}
+_DESKTOP = (".DS_Store", "Thumbs.db")  # what a desktop leaves in folders that it has shown
+_OLD = "-old"  # ends the name of a set that is moved aside while another takes its place
 
 
 def prepare(
@@ -104,7 +118,7 @@ def prepare(
     if ready := _reuse(folder, source_id, progress):
         return ready
     progress(f"reading {found_layout.about}")
-    partial = _partial_folder(folder)
+    partial, lock = _partial_folder(folder)
     try:
         reading = Reading(found_layout.read_label, found_layout.short_name, transform)
         builder = _BUILDERS.get(found_layout.name, FolderBuilder)
@@ -131,6 +145,7 @@ def prepare(
         _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
     progress(summary(info))
     progress(f"written to {folder}")
     return info
@@ -178,7 +193,7 @@ def _reuse(folder: Path, source_id: str, progress: Progress) -> dict[str, Any] |
     """Returns prepare.json of a folder made from this source, or None to build it (again)."""
     if not folder.exists():
         return None
-    foreign = sorted({entry.name for entry in folder.iterdir()} - _OURS)
+    foreign = sorted({entry.name for entry in folder.iterdir()} - _OURS - {*_DESKTOP})
     if foreign:
         raise ValueError(
             f"{folder} holds other files ({', '.join(foreign[:3])}): prepare did not make it, and "
@@ -210,17 +225,50 @@ def _sizes(folder: Path, protocols: Mapping[str, Any]) -> dict[str, int]:
     return {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(files)}
 
 
-def _partial_folder(folder: Path) -> Path:
-    """Returns a fresh folder beside the final one, and removes those of processes that died."""
+def _partial_folder(folder: Path) -> tuple[Path, int]:
+    """Returns a fresh folder beside the final one and its lock, a descriptor to close at the end.
+
+    What processes that died have left is removed; a set that one of them had moved aside, and no
+    other taken the place of, is put back.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     stem = f".{folder.name}.partial-"
-    for old in folder.parent.glob(f"{stem}*"):
-        pid = old.name.removeprefix(stem)
-        if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+    left = [path for path in folder.parent.glob(f"{stem}*") if not path.name.endswith(_OLD)]
+    kept = {path for path in left if not _is_abandoned(path, stem)}
+    for old in folder.parent.glob(f"{stem}*{_OLD}"):
+        if old.with_name(old.name.removesuffix(_OLD)) in kept:
+            continue
+        if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
-    partial = folder.parent / f"{stem}{os.getpid()}"
-    partial.mkdir()
-    return partial
+        else:
+            old.rename(folder)
+    for path in left:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{stem}{os.getpid()}-", dir=folder.parent))
+    partial.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp's is for its owner alone
+    lock = os.open(partial, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return partial, lock
+
+
+def _is_abandoned(partial: Path, stem: str) -> bool:
+    """Whether no process, of this machine or container or another, works in the folder."""
+    try:
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks, where the process tells
+        pid = partial.name.removeprefix(stem).partition("-")[0]
+        return pid.isdigit() and not _is_running(int(pid))
+    finally:
+        os.close(lock)
 
 
 def _is_running(pid: int) -> bool:
@@ -287,7 +335,8 @@ def _build_with_beam(
         if "number of generated examples is 0" not in str(error):
             raise
         raise ValueError(
-            f"{source}: none of its images can be used; prepare it without Beam to be told why"
+            f"{shown(source)}: none of its images can be used; prepare it without Beam to be told "
+            "why"
         ) from error
     skipped = read_skips(skips)
     shutil.rmtree(skips, ignore_errors=True)
@@ -308,12 +357,14 @@ def _download_and_prepare(builder: FaceBuilder, partial: Path, **options) -> Non
 
 def _nothing_found(source: Source, skipped: Sequence[tuple[str, str]]) -> str:
     """Says why no image was kept: none there, or none that could be used."""
-    no_image = ("not an image file", "macOS metadata")
-    reasons = [reason for _, reason in skipped if reason not in no_image]
+    found = Counter(reason for _, reason in skipped)
+    reasons = found.copy()
+    for reason in (NO_IMAGE, OF_A_MAC, ARCHIVE_WITHIN):
+        del reasons[reason]
     if not reasons:
-        return f"{source} holds no images ({len(skipped)} other files)"
-    reason, n = Counter(reasons).most_common(1)[0]
-    return f"{source}: none of {len(reasons)} images can be used; {n} of them: {reason}"
+        return no_images(source, found)
+    reason, n = reasons.most_common(1)[0]
+    return f"{shown(source)}: none of {reasons.total()} images can be used; {n} of them: {reason}"
 
 
 def _versions() -> dict[str, str]:
@@ -355,8 +406,16 @@ def _dropped(folder: Path) -> set[str]:
 
 def _put_in_place(partial: Path, folder: Path) -> None:
     """Renames the finished folder into place."""
-    old = partial.with_name(partial.name + "-old")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
+    old = partial.with_name(partial.name + _OLD)
+    while True:
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+            break
+        except OSError as error:
+            # Another process has put its own there meanwhile.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

@@ -2,10 +2,13 @@
 
 import hashlib
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -146,16 +149,34 @@ def _pool(transform: Transform | None) -> Executor:
     hold a network that two threads must not share."""
     if transform is None:
         return ThreadPoolExecutor(_N_JOBS)
-    return ProcessPoolExecutor(_N_JOBS, mp_context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(_N_JOBS, mp_context=spawn, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Has this worker end when the process that made it is gone, killed perhaps, and would
+    otherwise be waited for without end."""
+
+    def wait():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _map_in_order(pool: Executor, function: Callable, items: Iterable) -> Iterator[tuple[Any, Any]]:
     """Yields (item, function(item)) in order, a few computed ahead in `pool`."""
     waiting: deque = deque()
-    for item in items:
-        waiting.append((item, pool.submit(function, item)))
-        if len(waiting) >= 4 * _N_JOBS:
-            item, future = waiting.popleft()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) >= 4 * _N_JOBS:
+                item, future = waiting.popleft()
+                yield item, future.result()
+        for item, future in waiting:
             yield item, future.result()
-    for item, future in waiting:
-        yield item, future.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that worked on the pictures was killed, most likely for lack of memory: end "
+            "other programs, and try again"
+        ) from error

@@ -122,7 +122,7 @@ def read_splits(path: str | Path) -> dict[str, SplitRow]:
         raise ValueError(f"{path} cannot be unpacked ({error}): fetch it again") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}): save it as such") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         missing = {"file", "split"} - set(reader.fieldnames or ())
         if missing:

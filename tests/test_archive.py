@@ -1,9 +1,11 @@
 """Folders, zips and tars give the same files; what cannot be read is counted, or refused."""
 
+import gzip
 import io
 import os
 import tarfile
 import zipfile
+from functools import partial
 
 import pytest
 
@@ -148,6 +150,39 @@ def test_folder_that_cannot_be_read_is_no_empty_folder(tmp_path, monkeypatch):
         read(source)
 
 
+def test_archives_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+        files = {"0.jpg": folder.encode(), "labels.csv": folder.encode()}
+        write_zip(tmp_path / folder / "faces.zip", files)
+    by_folder = {"test/faces.zip/0.jpg": b"test", "train/faces.zip/0.jpg": b"train"}
+    tables = {name.replace("0.jpg", "labels.csv"): data for name, data in by_folder.items()}
+    both = [tmp_path / folder / "faces.zip" for folder in ("test", "train")]
+    for source in (tmp_path, both):
+        assert read(source)[0] == by_folder
+        assert read_tables(source) == tables
+        assert list_files(source)[0] == list(by_folder)
+        parts = [dict(iter_part(p, on_skip=lambda *_: None)) for p in split_source(source)]
+        assert {name: data for part in parts for name, data in part.items()} == by_folder
+
+
+def test_names_of_a_zip_in_utf8_without_the_flag_are_read_as_such(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {"jos\xe9_1.jpg": b"A", "plain.jpg": b"B"})
+    data = bytearray(path.read_bytes())
+    for start, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        for place in (i for i in range(len(data)) if data.startswith(start, i)):
+            data[place + flags + 1] &= ~8
+    path.write_bytes(data)
+    assert "jos\xe9_1.jpg" not in zipfile.ZipFile(path).namelist()
+    assert read(path)[0] == {"jos\xe9_1.jpg": b"A", "plain.jpg": b"B"}
+    path.write_bytes(data.replace(b"\xc3\xa9", b"\x82e"))  # an e with an acute accent in DOS
+    assert list(read(path)[0]) == ["jos\xe9e_1.jpg", "plain.jpg"]
+
+
+def test_carriage_return_of_a_name_is_replaced(tmp_path):
+    assert list(read(write_zip(tmp_path / "a.zip", {"30\r.jpg": b"A"}))[0]) == ["30\ufffd.jpg"]
+
+
 def test_name_that_is_no_utf8_can_be_written(tmp_path):
     path = tmp_path / "old.tar"
     with tarfile.open(path, "w", encoding="latin-1") as archive:
@@ -176,6 +211,30 @@ def damaged_zip(path):
     return path
 
 
+def damaged_header(path, mode="w"):
+    write_tar(path, {f"{i}.jpg": b"A" * 100 for i in range(6)}, mode="w")
+    data = bytearray(path.read_bytes())
+    data[3 * 1024 + 10] ^= 1
+    path.write_bytes(gzip.compress(data) if mode == "w:gz" else data)
+    return path
+
+
+def flipped(path):
+    """A packed tar, one bit of whose pictures is another."""
+    files = {"a.jpg": bytes(range(256)) * 64}
+    path.write_bytes(gzip.compress(write_tar(path, files).read_bytes(), 0))  # which only stores
+    data = bytearray(path.read_bytes())
+    data[2000] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def joined(path, write, times=2):
+    """Archives one after the other, as `cat` joins them."""
+    path.write_bytes(write(path).read_bytes() * times)
+    return path
+
+
 def text(path, content):
     path.write_bytes(content)
     return path
@@ -190,6 +249,13 @@ def text(path, content):
         (lambda p: cut(write_tar(p / "cut.tar"), 1024), "cut short"),
         (lambda p: cut(write_tar(p / "edge.tar"), 1536), "cut short"),  # after a whole member
         (lambda p: cut(write_tar(p / "cut.tgz", mode="w:gz"), 150), "cut short|cannot be read"),
+        (lambda p: damaged_header(p / "bit.tar"), "a header is damaged"),
+        (lambda p: damaged_header(p / "bit.tgz", "w:gz"), "a header is damaged"),
+        (lambda p: cut(damaged_header(p / "in.tar"), 3 * 1024 + 200), "cut short"),
+        (lambda p: flipped(p / "flip.tgz"), "CRC check failed"),
+        (lambda p: joined(p / "two.tar", write_tar), "another archive follows"),
+        (lambda p: joined(p / "two.tgz", partial(write_tar, mode="w:gz")), "another archive"),
+        (lambda p: joined(p / "two.zip", write_zip), "begins with another zip: name its parts"),
         (lambda p: text(p / "faces.tar", b"\0\1\2 nonsense"), "cannot be read as an archive"),
         (lambda p: text(p / "faces.zip", b" <!DOCTYPE html>"), "is a web page"),
         (lambda p: text(p / "faces.7z", b"7z\xbc\xaf"), "rar or 7z"),
@@ -266,7 +332,8 @@ def test_parts_of_a_source_make_up_the_whole(tmp_path, monkeypatch):
 
 def test_listing_reads_no_file_and_stops_at_its_limit(tmp_path):
     path = write_zip(tmp_path / "faces.zip")
-    assert list_files(path) == (["UTKFace/a.jpg", "UTKFace/b.JPEG", "c.png"], 4)
+    others = {"not an image file": 1, "empty file": 1, "macOS metadata": 2}
+    assert list_files(path) == (["UTKFace/a.jpg", "UTKFace/b.JPEG", "c.png"], others)
     assert list_files(path, limit=1)[0] == ["UTKFace/a.jpg"]
     write_zip(tmp_path / "t.zip", {"a.csv": b"x", "b/B.CSV": b"y", "._c.csv": b"z", "d.jpg": b"d"})
     assert read_tables(tmp_path / "t.zip") == {"a.csv": b"x", "b/B.CSV": b"y"}

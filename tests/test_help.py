@@ -60,3 +60,13 @@ def test_help_and_version_do_not_wait_for_jax(argv):
     code += "finally:\n    sys.stderr.write(str('jax' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout and done.stderr == "False"
+
+
+@pytest.mark.parametrize(
+    ("splits", "reason"),
+    [(["mine"], "--splits=mine: give a name"), (["a=1.csv", "a=2.csv"], "a is 1.csv already")],
+)
+def test_splits_without_a_name_of_their_own_are_refused(splits, reason, capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "nowhere.zip", *(f"--splits={pair}" for pair in splits)])
+    assert reason in capsys.readouterr().err

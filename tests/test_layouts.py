@@ -289,6 +289,11 @@ def test_age_column_can_be_chosen():
         ("", {}, "has the columns \\(none\\)"),
         ("file,age\n", {}, "has no rows"),
         ("file,age\na.jpg,3\n", {"age_column": "guess"}, "needs guess"),
+        (
+            'file,age,note\na.jpg,3,"sic\nb.jpg,4,\n',
+            {},
+            "after line 1 .unexpected end of data.: is",
+        ),
         (f'file,age,"{"b" * 200_000}', {}, "t.csv cannot be read after line 0 .* is a quote"),
     ],
 )

@@ -1,13 +1,18 @@
 """Preparing: every file is kept or accounted for, and nothing half-made is ever left behind."""
 
 import csv
+import fcntl
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
 import time
 import zipfile
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -28,7 +33,7 @@ from input_pipeline.images import (
 )
 from input_pipeline.names import FaceLabel
 from input_pipeline.pipeline import open_split
-from input_pipeline.prepare import prepare, read_labels, records_folder, summary
+from input_pipeline.prepare import _is_running, prepare, read_labels, records_folder, summary
 from input_pipeline.scan import Copies
 from input_pipeline.splits import read_splits
 from input_pipeline.utkface.utkface_dataset_builder import Builder as UTKFaceBuilder
@@ -430,6 +435,76 @@ def test_failure_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path / "data") == []
 
 
+def test_process_that_was_killed_leaves_its_set_to_the_next(tmp_path):
+    source = write_zip(tmp_path / "faces.zip", faces(12))
+    root = tmp_path / "data"
+    quiet(source, root)
+    (root / "utkface" / "splits" / "mine.csv").write_text("file,split\n")
+    # Killed between the two renames; another is at work, in a container that has our process id.
+    (root / f".utkface.partial-{os.getpid()}-dead").mkdir()
+    (root / "utkface").rename(root / f".utkface.partial-{os.getpid()}-dead-old")
+    (root / f".utkface.partial-{os.getpid()}-live").mkdir()
+    (root / f".utkface.partial-{os.getpid()}-live-old").mkdir()
+    lock = os.open(root / f".utkface.partial-{os.getpid()}-live", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    quiet(write_zip(tmp_path / "others.zip", faces(13)), root)
+    os.close(lock)
+    live = f".utkface.partial-{os.getpid()}-live"
+    assert sorted(os.listdir(root)) == [live, f"{live}-old", "utkface"]
+    assert (root / "utkface" / "splits" / "mine.csv").exists()
+
+
+def test_set_of_another_process_that_was_quicker_is_replaced(tmp_path, monkeypatch):
+    source, rename, seen = write_zip(tmp_path / "faces.zip", faces(12)), Path.rename, []
+
+    def slow(path, target):
+        if not seen and ".partial-" in path.name:
+            seen.append(path)
+            (target / "splits").mkdir(parents=True)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", slow)
+    quiet(source, tmp_path / "data")
+    assert seen and os.listdir(tmp_path / "data") == ["utkface"]
+    assert (tmp_path / "data" / "utkface" / "prepare.json").exists()
+
+
+def killed(data):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_worker_is_told_in_one_line(tmp_path):
+    source = write_zip(tmp_path / "faces.zip", faces(4))
+    with pytest.raises(ValueError, match="was killed, most likely for lack of memory") as error:
+        quiet(source, tmp_path / "data", transform=killed, transform_id="killed")
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_worker_ends_with_the_process_that_made_it(tmp_path):
+    program = (
+        "import os, time\n"
+        "from input_pipeline.scan import _pool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = _pool(str)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, env=environment
+    )
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not _is_running(worker):
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlives its parent")
+
+
 def test_folder_of_other_files_is_never_replaced(tmp_path):
     source = write_zip(tmp_path / "faces.zip", faces(4))
     write_folder(tmp_path / "utkface", {"my_photo.jpg": b"precious"})
@@ -438,6 +513,9 @@ def test_folder_of_other_files_is_never_replaced(tmp_path):
     assert (tmp_path / "utkface" / "my_photo.jpg").read_bytes() == b"precious"
     with pytest.raises(ValueError, match="lies within the source"):
         quiet(tmp_path, tmp_path)
+    quiet(source, tmp_path / "data")
+    (tmp_path / "data" / "utkface" / ".DS_Store").write_bytes(b"of a desktop")
+    quiet(write_zip(tmp_path / "faces.zip", faces(5)), tmp_path / "data")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ValueError, match="loop is a link to nothing or to itself"):
         quiet(source, tmp_path / "loop")
@@ -448,6 +526,10 @@ def test_folder_of_other_files_is_never_replaced(tmp_path):
     [
         ({"a.txt": b"x", "b.csv": b"y"}, "holds no images \\(2 other files\\)"),
         ({}, "holds no images \\(0 other files\\)"),
+        (
+            {"a.tar.gz": b"x", "b.zip": b"y", "c.txt": b"z"},
+            "holds no images \\(3 other files, 2 of them archives: unpack it, or name them as the",
+        ),
         (
             {f"photos/img{i}.jpg": jpeg(i) for i in range(5)},
             "the ages of its 5 or more images were not found: not in names such as "
@@ -598,6 +680,16 @@ def test_jpeg_cut_short_is_refused(keep):
         cut = data[: int(len(data) * keep)]
     with pytest.raises(ValueError, match="image cut short"):
         decode_checked(cut)
+
+
+@pytest.mark.parametrize("damage", ["half", "zeros"])
+def test_jpeg_damaged_between_its_ends_is_refused(damage, capfd):
+    data = jpeg(3, size=200)
+    half, end = len(data) // 2, b"\xff\xd9"
+    broken = data[:half] + (end if damage == "half" else bytes(half)) + end
+    with pytest.raises(ValueError, match="image damaged \\((Corrupt|Premature)"):
+        decode_checked(broken)
+    assert capfd.readouterr().err == ""  # where OpenCV would not say which file it means
 
 
 def test_bytes_after_the_end_of_a_jpeg_do_no_harm():

@@ -146,6 +146,10 @@ def test_rows_are_matched_however_accents_are_written():
             f'file,split\na.jpg,train\n"{"b" * 200_000}',
             "after line 2 \\(field larger .* is a quote left",
         ),
+        (
+            'file,split,note\na.jpg,train,"sic\nb.jpg,test,\n',
+            "after line 1 \\(unexpected end of data\\): is a quote",
+        ),
         (f'"file,split\n{"b" * 200_000}', "after line 0 \\(field larger"),
     ],
 )
