@@ -19,8 +19,8 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -245,8 +245,8 @@ def _partial_folder(folder: Path) -> tuple[Path, int]:
     for path in left:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{stem}{os.getpid()}-", dir=folder.parent))
-    partial.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp's is for its owner alone
+    partial = folder.parent / f"{stem}{os.getpid()}-{secrets.token_hex(4)}"
+    partial.mkdir()
     lock = os.open(partial, os.O_RDONLY)
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
