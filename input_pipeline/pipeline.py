@@ -406,7 +406,15 @@ class _ResumableIterator(grain.DatasetIterator):
     def __next__(self) -> Batch:
         self._assert_not_closed()
         self.start_prefetch()
-        batch = next(self._inner)
+        try:
+            batch = next(self._inner)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise ValueError(
+                "a worker process that decoded pictures was killed, most likely for lack of "
+                "memory: lower data.workers, and give the same command again"
+            ) from error
         self._step += 1
         return batch
 

@@ -1,5 +1,6 @@
 """The batch stream: complete, reshuffled, the same for any workers and processes, and resumable."""
 
+import multiprocessing
 import pickle
 import shutil
 from collections import Counter
@@ -220,6 +221,15 @@ def test_iterator_resumes_exactly(faces, before):
         resumed.set_state(state)
         np.testing.assert_array_equal(indices([next(resumed) for _ in range(4)]), indices(expected))
     assert fresh.get_state() == {"examples_seen": (before + 4) * 8}
+
+
+def test_killed_worker_is_told_in_one_line(faces):
+    stream = iter(train_loader(faces, **options(workers=1)))
+    next(stream)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(ValueError, match="was killed, .*: lower data.workers"):
+        take(stream, 100)
 
 
 def test_state_outlives_a_change_of_workers_and_processes(faces):
