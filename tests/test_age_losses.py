@@ -107,6 +107,16 @@ def test_mean_residue_matches_a_loop():
         assert float(found[i]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_residue_leaves_out_the_true_age_itself():
+    half, own = outputs_of(58), np.full((5, 1), 2.5, np.float32)
+    logits = np.concatenate([half, own, half[:, ::-1]], axis=1)  # the mean is the true age, 58
+    found = age_losses.mean_residue(logits, np.repeat(np.eye(117)[[58]], 5, axis=0))
+    for i, p in enumerate(softmax(logits)):
+        expected = -np.log(p[58]) - 0.05 * sum(q * np.log(q) for q in p if q < p[58])
+        assert float(found[i]) == pytest.approx(expected, abs=1e-4)
+        assert -0.05 * p[58] * np.log(p[58]) > 1e-3  # what the true age would add
+
+
 @pytest.mark.parametrize("name", ["or_cnn", "coral"])
 def test_ordinal_losses_are_sums_of_binary_cross_entropies(name):
     outputs, (target, pairs) = outputs_of(116), mixed()

@@ -54,10 +54,11 @@ def test_crop_of_a_large_face_does_not_skip_pixels():
     assert abs(crop.mean() - 127.5) < 2 and crop.std() < 20
 
 
+@pytest.mark.parametrize("centre", [(350, 300), (60, 60)])  # inside, and beyond the photo's edge
 @pytest.mark.parametrize(("scale", "halvings"), [(60, 0), (110, 0), (500, 2)])
-def test_crops_are_dlibs_halved_by_a_pyramid_and_interpolated_bilinearly(scale, halvings):
+def test_crops_are_dlibs_halved_by_a_pyramid_and_interpolated_bilinearly(scale, halvings, centre):
     image = np.random.default_rng(0).integers(0, 256, (600, 700, 3), np.uint8)
-    face = turned_face(angle=0.2, scale=scale, centre=(350, 300))
+    face = turned_face(angle=0.2, scale=scale, centre=centre)
     level = image.astype(float)
     for _ in range(halvings):
         for axis in (0, 1):
@@ -102,6 +103,13 @@ def test_displacement_is_small_for_a_crop_and_misfit_for_any_face():
     assert face_crops.misfit(profile) > UTKFACE.usual_misfit > face_crops.misfit(elsewhere)
 
 
+@pytest.mark.parametrize(("w", "h"), [(300, 200), (200, 300)])
+def test_displacement_is_measured_in_the_centre_square(w, h):
+    points = UTKFACE.landmarks * 200 + ((w - 200) / 2, (h - 200) / 2)
+    face = Face(np.array([0.0, 0, w, h]), 1.0, points)
+    assert face_crops.displacement(face, np.zeros((h, w, 3), np.uint8)) < 1e-9
+
+
 def encoded(image, kind="PNG", **options):
     out = io.BytesIO()
     image.save(out, kind, **options)
@@ -142,17 +150,25 @@ def test_only_one_face_of_some_size_is_taken():
             face_crops.only_face(faces)
 
 
+@pytest.mark.parametrize(("w", "h", "small"), [(24, 24, False), (100, 20, False), (20, 23, True)])
+def test_the_longer_side_tells_whether_a_face_is_too_small(w, h, small):
+    face = Face(np.array([5.0, 5, 5 + w, 5 + h]), 1.0, np.zeros((5, 2)))
+    assert face.side == max(w, h)
+    assert bool(face_crops.too_small(face)) == small
+
+
 # --- the detector --------------------------------------------------------------------------------
 
 
 class FakeCascade:
-    """Answers every call from a list, and remembers the sizes of what it was shown."""
+    """Answers every call from a list, and remembers what it was shown and asked for."""
 
     def __init__(self, *answers):
-        self.answers, self.seen = list(answers), []
+        self.answers, self.seen, self.asked = list(answers), [], []
 
     def __call__(self, image, *, min_face, min_score):
         self.seen.append(image.shape[:2])
+        self.asked.append((min_face, min_score))
         boxes = np.array(self.answers.pop(0), float).reshape(-1, 4)
         return boxes, np.ones(len(boxes)), np.zeros((len(boxes), 5, 2)) + boxes[:, None, :2]
 
@@ -183,6 +199,13 @@ def test_a_second_look_has_a_border(cascade):
     np.testing.assert_allclose(face.box, [0, 0, 160, 160])
     cascade([], [])
     assert Detector()(np.zeros((200, 300, 3), np.uint8)) == []
+
+
+def test_faces_are_looked_for_by_their_share_of_the_photo_and_the_wanted_score(cascade):
+    fake = cascade([[0, 0, 50, 50]], [[0, 0, 50, 50]])
+    Detector(min_score=0.5, max_side=2000)(np.zeros((1000, 2000, 3), np.uint8))
+    Detector()(np.zeros((200, 300, 3), np.uint8))
+    assert fake.asked == [(40.0, 0.5), (20.0, 0.9)]  # 4 % of the shorter side, at least 20 px
 
 
 def test_missing_weights_are_told_in_one_line(monkeypatch):

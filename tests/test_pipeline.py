@@ -19,6 +19,7 @@ from input_pipeline.pipeline import (
     decode_image,
     decode_once,
     eval_loader,
+    evenly_spread,
     open_split,
     train_loader,
 )
@@ -183,6 +184,11 @@ def test_rows_taken_are_the_same_faces_wherever_they_are_held(faces):
     np.testing.assert_array_equal(held.take(rows).pixels, held.pixels[rows])
 
 
+def test_evenly_spread_rows_reach_from_the_first_to_the_last():
+    assert evenly_spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly_spread(3, 8).tolist() == [0, 1, 2]
+
+
 def test_batches_without_images_have_the_same_rows(faces):
     whole, bare = (take(train_loader(faces, **options(with_images=w)), 4) for w in (True, False))
     assert all("image" not in batch for batch in bare)
@@ -316,6 +322,18 @@ def test_external_split_file_is_joined_by_name(folder, tmp_path, capsys):
     (folder / "splits" / "mine.csv").write_text(path.read_text())
     assert open_split(folder, "a", splits="mine").fingerprint == part.fingerprint
     (folder / "splits" / "mine.csv").unlink()
+
+
+def test_pictures_in_no_split_do_not_shift_the_others(folder, tmp_path):
+    listed = open_split(folder, "all").labels["file"][5::3]
+    path = tmp_path / "some.csv"
+    lines = [f"{file},{'ab'[i % 2]}" for i, file in enumerate(listed)]
+    path.write_text("\n".join(["file,split", *lines]))
+    for split, files in (("a", listed[::2]), ("b", listed[1::2])):
+        part = open_split(folder, split, splits=path)
+        assert sorted(part.labels["file"]) == sorted(files)
+        for row in part:
+            assert row["image"] == (folder.parent / "faces" / row["file"]).read_bytes()
 
 
 def test_unknown_names_list_the_known_ones(folder, tmp_path):

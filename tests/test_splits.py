@@ -52,6 +52,16 @@ def test_fractions_hold_overall_and_within_every_age(images):
             assert abs((splits[inside] == name).sum() - share * inside.sum()) <= 15
 
 
+@pytest.mark.parametrize("names", ["abcde", "edcba", "vwxyz", "caebd"])
+def test_groups_are_placed_by_age_each_where_most_is_lacking(names):
+    # By hand: 0.7, 0.15 and 0.15 of 1, 2, 3, 4 and 5 images, less what each split has.
+    expected = ["train", "train", "validation", "train", "test"]
+    assert assign_splits(list(names), [10, 20, 30, 40, 50]).tolist() == expected
+    # Two copies with the ages 10 and 60 are placed first, by the lower of the two.
+    pair = assign_splits([*names, names[0]], [10, 20, 30, 40, 50, 60]).tolist()
+    assert pair == ["train", "validation", "train", "test", "train", "train"]
+
+
 def test_split_does_not_depend_on_the_order_of_files(images):
     hashes, ages = images
     splits = assign_splits(hashes, ages)
