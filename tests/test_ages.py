@@ -105,3 +105,5 @@ def test_ages_outside_the_range_are_counted_and_named():
     ages.check_ages(np.array([0, 116]), "the training split")
     with pytest.raises(ValueError, match="2 of the 4 faces of the test split .* first one 130"):
         ages.check_ages(np.array([5, 130, -1, 116]), "the test split")
+    with pytest.raises(ValueError, match="1 of the 1 faces .* first one 117"):
+        ages.check_ages(np.array([117]), "the test split")

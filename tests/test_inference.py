@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from coatnet_jax import augment, inference
 from coatnet_jax.config import load_config
-from coatnet_jax.inference import build_model, check_sides, random_run
+from coatnet_jax.inference import build_model, check_sides, normalisation, random_run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,6 +38,27 @@ def test_probabilities_are_the_mean_over_centres_and_mirror_images(flip):
     assert np.abs(found - expected[0]).max() > 1e-5  # else the mean would prove nothing
 
 
+def test_attributes_are_two_genders_then_five_races(monkeypatch):
+    class Colours(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            mean = images.mean((1, 2))
+            return {name: nn.Dense(n, name=name)(mean) for name, n in (("gender", 2), ("race", 5))}
+
+    monkeypatch.setattr(inference, "build_model", lambda config: Colours())
+    config = load_config("finetune:atto,drawn,tiny")
+    config.model.image_size = 8
+    run = random_run(config, batch_size=4)
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    mean = (images.mean((1, 2)) / 255 - config.model.mean) / config.model.std
+    expected = []
+    for head in ("gender", "race"):
+        exp = np.exp(mean @ run.variables["params"][head]["kernel"])  # biases start at zero
+        expected.append(exp / exp.sum(1, keepdims=True))
+    found = run.attributes(images)
+    np.testing.assert_allclose(found, np.hstack(expected), atol=1e-5)
+
+
 @pytest.mark.parametrize("sides", [(), (0.0,), (1.0, 1.1)])
 def test_sides_that_are_no_shares_are_refused(sides):
     with pytest.raises(ValueError, match="over 0 and at most 1, like") as error:
@@ -51,3 +73,10 @@ def test_runs_that_name_no_sides_see_the_whole_picture():
     with config.unlocked():
         del config.eval_sides
     assert random_run(config).sides == (1.0,)
+
+
+def test_runs_that_name_no_mean_and_std_are_seen_with_those_of_imagenet():
+    config = load_config("finetune:atto,drawn,tiny")
+    with config.unlocked():
+        del config.model.mean, config.model.std
+    assert normalisation(config) == {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

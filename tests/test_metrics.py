@@ -53,6 +53,12 @@ def test_knn_refuses_more_neighbours_than_rows():
         metrics.knn_mae(np.eye(3), np.arange(3), np.eye(3), np.arange(3))
 
 
+def test_a_row_of_zeros_is_like_no_other():
+    rows, similarities = metrics.nearest_rows(np.eye(3), np.zeros((1, 3)), 3)
+    assert sorted(rows[0]) == [0, 1, 2]
+    np.testing.assert_array_equal(similarities, np.zeros((1, 3)))
+
+
 def test_macro_f1_matches_scikit_learn():
     rng = np.random.default_rng(4)
     true, predicted = rng.integers(0, 4, 80), rng.integers(1, 5, 80)

@@ -53,6 +53,7 @@ def test_decay_mask_leaves_out_biases_norms_and_relative_bias_tables():
     params = _params()
     params["head"]["stacked"] = {"bias": jnp.ones((4, 3)), "scale": jnp.ones((4, 3))}
     params["head"]["gamma"] = jnp.ones(3)
+    params["head"]["position_embedding"] = jnp.ones((1, 5, 8))  # as a ViT has it
     mask = optim.decay_mask(params)
     backbone = mask["backbone"]
     assert backbone["stem"]["conv1"] == {"kernel": True, "bias": False}
@@ -61,7 +62,7 @@ def test_decay_mask_leaves_out_biases_norms_and_relative_bias_tables():
         "relative_bias": False,
     }
     assert backbone["norm"] == {"scale": False, "bias": False}
-    assert mask["head"]["gamma"] is False
+    assert mask["head"]["gamma"] is mask["head"]["position_embedding"] is False
     assert mask["head"]["stacked"] == {"bias": False, "scale": False}
 
 
@@ -190,6 +191,17 @@ def test_lars_trust_ratio_matches_numpy():
     np.testing.assert_allclose(
         first["backbone"]["stage4_block0"]["relative_bias"], -0.5 * np.cos(3.0), rtol=1e-5
     )
+
+
+def test_adamw_takes_the_decay_of_its_moments_as_given():
+    params = {"head": {"bias": jnp.zeros(3)}}
+    tx = optim.create_optimizer(params, learning_rate=0.1, b1=0.5, b2=0.7)
+    state, m, v = None, 0.0, 0.0
+    for step, gradient in enumerate((1.0, -2.0), start=1):
+        updates, state = _step(tx, params, _grads(params, gradient), state)
+        m, v = 0.5 * m + 0.5 * gradient, 0.7 * v + 0.3 * gradient**2
+        expected = -0.1 * (m / (1 - 0.5**step)) / np.sqrt(v / (1 - 0.7**step))
+        np.testing.assert_allclose(updates["head"]["bias"], expected, rtol=1e-5)
 
 
 def test_clipping_holds_the_global_norm():

@@ -12,6 +12,7 @@ from coatnet_jax.quantise import STEP, coarsest, dequantise, quantise
 from coatnet_jax.release_weights import (
     FILE,
     Packed,
+    finest,
     is_released,
     load_released,
     pack_weights,
@@ -153,6 +154,15 @@ def test_weights_that_are_not_finite_are_refused(variables):
         for max_mb in (None, 0.2):
             with pytest.raises(ValueError, match="params/a/kernel holds numbers that are not"):
                 packed(variables, max_mb)
+
+
+def test_the_size_said_to_be_enough_is_enough():
+    sizes = {0: 2_000_000, 1: 1_234_000}  # by coarseness: without and with the coarsest integers
+    with pytest.raises(ValueError, match=r"take 1\.24 MB .* more than 1: allow as much"):
+        finest(lambda coarseness: bytes(sizes[coarseness]), coarsest=1, max_mb=1)
+    # A finer one takes as much as without integers.
+    data = finest(lambda c: bytes(sizes.get(c, 2_000_000)), coarsest=1, max_mb=1.24)
+    assert len(data) == 1_234_000
 
 
 def test_two_files_are_not_guessed_between(tmp_path, variables):

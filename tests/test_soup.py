@@ -1,6 +1,7 @@
 """The mean of several runs: its weights, its BatchNorm statistics, which runs are taken, errors."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -121,6 +122,36 @@ def test_greedy_takes_what_helps_and_leaves_out_what_does_not(
     assert "the mean of 1 of 2 runs" in out and f"{good}, new statistics" in out
 
 
+def test_faces_whose_ages_an_earlier_stage_was_told_do_not_choose(
+    config, write_run, drawn_root, tmp_path, monkeypatch
+):
+    data = drawn_root / "drawn"
+    ages = open_split(data, "validation").labels["age"]
+    told = ages > np.median(ages)
+    assert 0 < told.sum() < len(told)
+    plain = {"params": {"bias": np.zeros(3, np.float32)}, "batch_stats": {}}
+    runs = [write_run(name, config, plain) for name in ("a", "b")]
+    seen = []
+
+    def predict(run, faces, fn, **options):  # all are 40
+        seen.append(faces.labels["age"])
+        return np.eye(117)[np.full(len(faces), 40)], None
+
+    monkeypatch.setattr(soup, "predict_split", predict)
+    before = SimpleNamespace(among=lambda faces: told)
+    monkeypatch.setattr(soup, "told_before", lambda *_, **__: before)
+    found = soup.run(runs, tmp_path / "soup", data, uniform=True)
+    assert len(seen) == 3  # both and their mean
+    for each in seen:
+        np.testing.assert_array_equal(each, ages[~told])
+    error = pytest.approx(np.abs(ages[~told] - 40).mean(), abs=1e-3)
+    assert found["validation_mae"] == found["ensemble_mae"] == error
+    assert [row["validation_mae"] for row in found["runs"]] == [error] * 2
+    told[:] = True
+    with pytest.raises(ValueError, match="none are left to choose by"):
+        soup.run(runs, tmp_path / "another", data)
+
+
 def test_greedy_order():
     # Numbers for weights: the error is the distance of their mean from 10.
     values = [12.0, 7.0, 30.0, 8.0]
@@ -133,6 +164,8 @@ def test_greedy_order():
     chosen, (mean, error) = soup.greedy(order, (12.0, 2.0), mix)
     # 12 and 8 are taken; a 7 or a 30 more is further off.
     assert (chosen, mean, error) == ([0, 3], 10.0, 0.0)
+    # Where the error stays as it is, nothing is gained.
+    assert soup.greedy([0, 1], ("first", 2.0), lambda _: ("both", 2.0)) == ([0], ("first", 2.0))
 
 
 def test_statistics_are_those_of_the_training_views(config, drawn_root, monkeypatch):
@@ -160,6 +193,26 @@ def test_statistics_are_those_of_the_training_views(config, drawn_root, monkeypa
             np.testing.assert_allclose(found["norm"]["var"], views.var((0, 1, 2)), rtol=2e-3)
         else:  # within a batch colours vary less than between all
             assert (found["norm"]["var"] < views.var((0, 1, 2))).all()
+
+
+def test_statistics_are_measured_on_whole_batches_with_a_key_each(config, drawn_root, monkeypatch):
+    config = config.copy_and_resolve_references()
+    config.batch_size, keys = 4, []
+
+    def step(params, statistics, images, key, **options):
+        assert len(images) == 4
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return statistics
+
+    monkeypatch.setattr(soup, "_statistics_step", step)
+    faces = open_split(drawn_root / "drawn", "train")
+    start = {"norm": {"mean": np.full(3, 7, np.float32)}}
+    found = soup.with_new_statistics(
+        config, {"params": {}, "batch_stats": start}, faces, n_faces=10
+    )
+    assert len(keys) == len(set(keys)) == 3  # as many as hold 10 faces
+    # A batch that moves nothing has the statistics of the start.
+    np.testing.assert_allclose(found["batch_stats"]["norm"]["mean"], 7, rtol=1e-4)
 
 
 def test_frozen_stages_keep_their_statistics(config, variables, drawn_root):
