@@ -38,12 +38,14 @@ def test_coverage_is_counted_face_by_face():
     rng = np.random.default_rng(0)
     p, age = posteriors(200, rng)
     for row in calibration.quantile_coverage(p, age, resamples=20):
-        inside = 0
+        inside, widths = 0, []
         for q, a in zip(p, age, strict=True):
             edges, heights = np.arange(118) - 0.5, np.concatenate([[0], np.cumsum(q)])
             low, high = np.interp([(1 - row["level"]) / 2, (1 + row["level"]) / 2], heights, edges)
             inside += low <= a <= high
+            widths.append(high - low)
         assert row["covered"] == pytest.approx(inside / 200)
+        assert row["width"] == pytest.approx(np.mean(widths))
 
 
 def test_pit_is_flat_and_coverage_nominal_where_ages_come_from_the_posterior():
@@ -63,6 +65,10 @@ def test_pit_of_one_face_is_spread_over_its_year():
     np.testing.assert_allclose(
         calibration.pit_histogram(p, np.array([21]), bins=4), [0, 0.5, 0.5, 0]
     )
+    # The ages come out too rarely both below 21 and above: the one must not make up for the other.
+    q = np.linspace(0.05, 0.95, 19)
+    expected = np.mean(np.abs(np.clip((q - 0.25) / 0.5, 0, 1) - q))
+    assert calibration.quantile_error(p, np.array([21])) == pytest.approx(expected)
     # an age that was held impossible counts at one end, and is not lost
     assert calibration.pit_histogram(p, np.array([50])).sum() == pytest.approx(1)
 

@@ -80,9 +80,31 @@ def test_all_files_are_written(runs, tmp_path):
     assert [row["run"] for row in rows] == ["a", "b", "c"]
     difference = result["runs"][1]["mae_difference"]
     assert float(rows[1]["mae_difference_low"]) == difference["interval"][0]
+    for row, run in zip(rows, result["runs"], strict=True):
+        for key in ("mae", "accuracy"):
+            ends = [float(row[f"{key}_low"]), float(row[f"{key}_high"])]
+            assert ends == run[f"{key}_interval"] and ends[0] < ends[1]
+            if run is not result["runs"][0]:
+                found = run[f"{key}_difference"]
+                names = (f"{key}_difference{end}" for end in ("", "_low", "_high"))
+                assert [float(row[n]) for n in names] == [found["difference"], *found["interval"]]
     page = (tmp_path / "out/report.html").read_text()
     assert 'src="data:image/png' in page and not re.search(r"https?://|href=|<script", page)
     assert "± " in (tmp_path / "out/report.md").read_text()
+
+
+def test_words_name_the_run_with_the_smaller_error(tmp_path):
+    age = np.arange(20, 60)
+    right = write_run(tmp_path / "right", age + 1.0)
+    wrong = write_run(tmp_path / "wrong", age + np.tile([2.0, 4.0], 20))  # 2 years worse on average
+    for first, second, change in ((right, wrong, "larger"), (wrong, right, "smaller")):
+        result = compare.compare(
+            [compare.read_run(path, "test", name=path.name) for path in (first, second)]
+        )
+        told = rf"The MAE of `{second.name}` is \*\*2.00 years {change}\*\* than that of "
+        told += rf"`{first.name}` \((\S+) to (\S+)\)\."
+        low, high = map(float, re.fullmatch(told, compare.in_words(result)).groups())
+        assert 1 < low < 2 < high < 3
 
 
 def test_only_faces_that_all_runs_have_count(tmp_path):

@@ -1,12 +1,13 @@
 """Conformal intervals: their promise on exchangeable faces, and hand-made cases."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import binom
 
-from coatnet_jax import conformal
+from coatnet_jax import conformal, evaluate, predict
 from coatnet_jax.ages import age_quantile, median_age
 
 
@@ -72,11 +73,42 @@ def test_interval_holds_the_answer_and_stays_within_the_ages():
         assert np.all((0 <= low) & (low <= median_age(p)) & (median_age(p) <= high) & (high <= 116))
 
 
-def test_constants_come_back_for_the_same_step_only(tmp_path):
+@pytest.mark.parametrize(("decode", "answer"), [("argmax", 10), ("mean", 26), ("median", 19.79)])
+def test_interval_holds_the_answer_however_it_is_read(decode, answer):
+    p = np.zeros(117)
+    p[[10, 20, 60]] = 0.4, 0.35, 0.25
+    constants = {"years": -20.0}  # both ends inwards, and past each answer
+    row = predict.prediction_row(predict.Look(Path("a")), p, decode=decode, constants=constants)
+    assert row["low"] == row["age"] == answer < row["high"]
+    of_split = evaluate.intervals(p[None], constants, decode=decode)
+    for low, high in (conformal.conformal_interval(p, -20.0, decode=decode), of_split):
+        assert low == pytest.approx(answer, abs=0.005) and high == pytest.approx(60.3 - 20)
+
+
+def test_an_end_at_the_oldest_age_stays_there():
+    p = np.zeros(117)
+    p[[100, 116]] = 0.2, 0.8  # the 5 % quantile is at 99.75 years
+    assert conformal.conformal_interval(p, -3) == pytest.approx((102.75, 116))
+    # Nobody is older than the interval says: only its lower end can be moved to an age of 115.
+    assert conformal.widening(np.tile(p, (20, 1)), np.full(20, 115)) == pytest.approx(99.75 - 115)
+
+
+def test_intervals_that_hold_every_age_are_narrowed_by_a_number_that_can_be_kept(tmp_path):
+    p = np.zeros((20, 117))
+    p[:, [0, 116]] = 0.5
+    years = conformal.widening(p, np.full(20, 50))
+    assert years == -117  # and not minus infinity, which `read_constants` refuses
+    conformal.save_constants(tmp_path, {"years": years, "level": 0.9, "step": 5})
+    assert conformal.read_constants(tmp_path, step=5)["years"] == years
+
+
+def test_constants_come_back_for_the_same_step_and_level_only(tmp_path):
     assert conformal.read_constants(tmp_path, step=5) is None
     conformal.save_constants(tmp_path, {"years": 2.5, "level": 0.9, "step": 5})
     assert conformal.read_constants(tmp_path, step=5)["years"] == 2.5
     assert conformal.read_constants(tmp_path, step=6) is None
+    conformal.save_constants(tmp_path, {"years": 2.5, "level": 0.8, "step": 5})
+    assert conformal.read_constants(tmp_path, step=5) is None
     assert "1905.03222" in json.loads((tmp_path / "conformal.json").read_text())["method"]
     (tmp_path / "conformal.json").write_text('{"years"')
     with pytest.raises(ValueError, match="conformal.json is damaged: delete it"):

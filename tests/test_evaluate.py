@@ -54,7 +54,10 @@ def test_further_measures_are_those_of_a_loop(many):
     result = evaluate.score(one_hot(guess), age, train_age=age)
     errors = [int(g) - int(a) for a, g in zip(age, guess, strict=True)]
     assert result["bias"] == pytest.approx(sum(errors) / 500, abs=1e-3)
+    middle, half = np.mean(errors), 1.96 * np.std(errors) / np.sqrt(500)
+    assert result["bias_interval"] == pytest.approx([middle - half, middle + half], abs=0.1)
     assert result["median_error"] == pytest.approx(np.median(np.abs(errors)), abs=1e-3)
+    assert result["p90_error"] == pytest.approx(np.quantile(np.abs(errors), 0.9), abs=1e-3)
     # one-hot posteriors are read at most 0.5 years off, at 0 and 116
     for years, found in enumerate(result["cs"], 1):
         assert found == pytest.approx(sum(abs(e) <= years for e in errors) / 500, abs=0.01)
@@ -94,6 +97,8 @@ def test_baseline_takes_median_and_majority_from_the_training_split():
     base = evaluate.baseline(AGE, np.array([20, 22, 30, 65, 70]))
     assert (base["median_age"], base["majority_class"]) == (30, "18-40")
     assert base["mae"] == pytest.approx(np.mean([abs(int(a) - 30) for a in AGE]))
+    within = [np.mean([abs(int(a) - 30) <= years for a in AGE]) for years in range(1, 11)]
+    assert base["cs"] == pytest.approx(within) and base["cs5"] == pytest.approx(2 / 12)
     assert base["accuracy"] == pytest.approx(5 / 12)
     assert base["balanced_accuracy"] == pytest.approx(0.25)
     assert evaluate.baseline(AGE, np.array([70, 70, 5]))["majority_class"] == ">60"
@@ -108,6 +113,29 @@ def test_class_follows_the_median_and_class_sums_stand_beside():
     assert result["accuracy_of_class_sums"] == 0.0
     row = evaluate.prediction_rows(p, np.array([20]), np.array(["a.jpg"]))[0]
     assert (row["predicted_class"], float(row["p_<18"])) == ("18-40", 0.4)
+
+
+def test_confidence_is_that_of_the_class_answered():
+    p = np.zeros((1, 117))
+    p[0, [10, 30]] = 0.6, 0.4
+    result = evaluate.score(p, np.array([30]), train_age=AGE)
+    assert (result["accuracy"], result["calibration"]["mean_confidence"]) == (0, pytest.approx(0.6))
+
+
+def test_measures_of_a_face_are_those_of_a_loop():
+    guess = np.where(AGE == 25, 30, GUESS)  # one that is wrong by 5 years
+    low, high = guess - 1.0, guess + 2.0
+    found = evaluate.face_measures(one_hot(guess), AGE, low, high, decode="argmax")
+    for i, (a, g) in enumerate(zip(AGE.tolist(), guess.tolist(), strict=True)):
+        assert {key: values[i] for key, values in found.items()} == {
+            "mae": abs(g - a),
+            "bias": g - a,
+            "cs5": abs(g - a) in range(6),
+            "accuracy": by_hand(a) == by_hand(g),
+            "covered": a in range(g - 1, g + 3),
+            "width": 3,
+        }
+    assert {-1, 2, 5} < set(guess - AGE)  # at the ends of what is counted
 
 
 @pytest.mark.parametrize(("decode", "age", "mae"), [("mean", "25.00", 5), ("argmax", "17.00", 13)])
@@ -292,6 +320,9 @@ def test_intervals_are_set_on_validation_and_judged_on_test(joined, monkeypatch)
     assert found["years"] == pytest.approx(errors[451 - 1], abs=0.5)
     assert 0.9 <= result["conformal"]["covered"] < 0.95
     assert result["conformal"]["raw_covered"] < 0.2
+    # 90 % of a year, of which half lies outside the ages at 0 and 116
+    width = np.where(np.isin(joined.guess, (0, 116)), 0.45, 0.9)
+    assert result["conformal"]["raw_width"] == pytest.approx(width.mean())
     assert result["conformal"]["calibrated_on_these"] == 0
 
 

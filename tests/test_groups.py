@@ -62,6 +62,15 @@ def test_interval_of_a_group_is_that_of_its_own_faces(faces):
     assert row["bias_interval"] == pytest.approx(expected, abs=0.12)
 
 
+def test_other_seeds_draw_other_intervals(faces):
+    labels, measures = faces
+    first, again, other = (
+        group_table(measures, labels, seed=seed, resamples=30)[0] for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first["bias"] == other["bias"] and first["bias_interval"] != other["bias_interval"]
+
+
 def test_groups_are_judged_by_their_persons(faces):
     labels, measures = faces
     person = np.repeat(np.arange(40), 15)

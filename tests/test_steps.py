@@ -25,7 +25,7 @@ from coatnet_jax.ssl.methods import METHODS, create_method, create_siamese
 from coatnet_jax.ssl.simclr import SimCLR
 from coatnet_jax.ssl.simsiam import SimSiam
 from coatnet_jax.teachers import Teacher
-from coatnet_jax.train_state import create_train_state, init_variables
+from coatnet_jax.train_state import apply_gradients, create_train_state, init_variables
 
 SMALL = CoAtNetConfig(widths=(8, 8, 16, 32, 32), depths=(1, 1, 1, 1, 1))
 SIZE = 32
@@ -289,6 +289,17 @@ def test_moving_average_follows_the_parameters():
     expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, start, state.params)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(state.ema_params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_moving_average_warms_up_to_the_one_asked_for_and_is_evaluated():
+    tx, one = optax.sgd(0.1), {"w": jnp.ones(())}
+    state = create_train_state(jax.random.key(0), {"params": one, "batch_stats": {}}, tx, ema=True)
+    # The weight is 0.9 and 0.8; the decay min(0.15, 1/10) and min(0.15, 2/11).
+    for expected in (0.1 * 1 + 0.9 * 0.9, 0.15 * 0.91 + 0.85 * 0.8):
+        state = apply_gradients(state, one, {}, tx=tx, ema=0.15)
+        assert state.eval_variables["params"]["w"] == pytest.approx(expected)
+    assert state.params["w"] == pytest.approx(0.8)
+    assert state.replace(ema_params=None).eval_variables["params"] is state.params
 
 
 class Plain(nn.Module):
