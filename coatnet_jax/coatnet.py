@@ -179,15 +179,17 @@ def _unstack(tree):
 
     Their places are numbers that XLA does not see through. One that it knows is made a part of
     every kernel that reads the slice, AdamW's for each weight among them, and those of equal blocks
-    are compiled apart then: coatnet_1 in scanned blocks took half as long again on a CPU.
+    are compiled apart then: coatnet_1 in scanned blocks took a quarter longer on a CPU.
     """
 
     def part(place):
         return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, place, keepdims=False), tree)
 
     count = len(jax.tree.leaves(tree)[0])
-    # XLA merges a number with its readers, but no maximum.
-    return [part(jnp.max(lax.optimization_barrier(jnp.full(2, n)))) for n in range(count)]
+    # XLA merges a number with its readers, but no maximum. Below 0 an unsigned one is not counted
+    # from the end, which saves three operations for each leaf.
+    twice = [jnp.full(2, n, jnp.uint32) for n in range(count)]
+    return [part(jnp.max(lax.optimization_barrier(numbers))) for numbers in twice]
 
 
 _stack.defvjp(lambda trees: (_stack(trees), None), lambda _, tree: (_unstack(tree),))
