@@ -186,7 +186,7 @@ def _unstack(tree):
         return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, place, keepdims=False), tree)
 
     count = len(jax.tree.leaves(tree)[0])
-    # XLA merges a number with its readers, but no maximum. Below 0 an unsigned one is not counted
+    # XLA merges a number with its readers, but no maximum. One without a sign cannot mean a place
     # from the end, which saves three operations for each leaf.
     twice = [jnp.full(2, n, jnp.uint32) for n in range(count)]
     return [part(jnp.max(lax.optimization_barrier(numbers))) for numbers in twice]
