@@ -212,7 +212,7 @@ def damaged_zip(path):
 
 
 def damaged_header(path, mode="w"):
-    write_tar(path, {f"{i}.jpg": b"A" * 100 for i in range(6)}, mode="w")
+    write_tar(path, {f"{i}.jpg": b"A" * 100 for i in range(6)})
     data = bytearray(path.read_bytes())
     data[3 * 1024 + 10] ^= 1
     path.write_bytes(gzip.compress(data) if mode == "w:gz" else data)
@@ -229,9 +229,9 @@ def flipped(path):
     return path
 
 
-def joined(path, write, times=2):
-    """Archives one after the other, as `cat` joins them."""
-    path.write_bytes(write(path).read_bytes() * times)
+def joined(path, write):
+    """Two archives one after the other, as `cat` joins them."""
+    path.write_bytes(write(path).read_bytes() * 2)
     return path
 
 

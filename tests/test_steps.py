@@ -315,10 +315,12 @@ def whole_image(rng, images):
 
 
 @pytest.mark.parametrize(
-    ("method", "equal"), [(SimSiam(), True), (DINO(), True), (SimCLR(), False)]
+    ("method", "equal", "atol"),
+    # DINO's sharp teacher makes large gradients of large logits.
+    [(SimSiam(), True, 1e-6), (DINO(), True, 1e-4), (SimCLR(), False, 1e-6)],
 )
 def test_accumulated_gradients_are_those_of_the_batch_only_for_losses_of_single_images(
-    method, equal
+    method, equal, atol
 ):
     head = DINOHead(layers=1, bottleneck=4, out=8) if method == DINO() else Plain()
     model = SiameseModel(Plain(), head, Plain())
@@ -334,7 +336,7 @@ def test_accumulated_gradients_are_those_of_the_batch_only_for_losses_of_single_
         kernel = state.params["backbone"]["Dense_0"]["kernel"]
         center = (state.extra or {}).get("memory", {}).get("center", jnp.zeros(8))
         learned.append(np.concatenate([np.ravel(kernel), center]))
-    assert np.allclose(*learned, atol=1e-4) == equal
+    assert np.allclose(*learned, atol=atol) == equal
 
 
 @pytest.mark.parametrize("name", METHODS)
