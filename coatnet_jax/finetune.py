@@ -20,6 +20,7 @@ from coatnet_jax.heads import N_GENDERS, N_RACES, AgeModel
 from coatnet_jax.inference import Run, build_model, image_format, predict_split, sides_of
 from coatnet_jax.losses import balanced_weights, cross_entropy
 from coatnet_jax.metrics import accuracy, mae
+from coatnet_jax.optim import hold_frozen
 from coatnet_jax.progressive import check_sizes, growing_step, params_for
 from coatnet_jax.rand_augment import check_rand_augment
 from coatnet_jax.sharding import replicate
@@ -137,6 +138,7 @@ def _make_step(
         teachers=teachers,
         teacher_variables=teacher_variables,
         teacher_weight=config.distill.weight if teachers else 0.0,
+        train_from=config.optim.train_from,
         ema=config.ema,
         smaller=size != config.model.image_size,
     )
@@ -153,7 +155,8 @@ def training_view(config: ml_collections.ConfigDict, size: int) -> Callable:
     jax.jit,
     static_argnames=(
         "model tx view loss_name sigma gender_weight race_weight "
-        "gender_classes race_classes mixup_alpha teachers teacher_weight ema smaller".split()
+        "gender_classes race_classes mixup_alpha teachers teacher_weight train_from ema "
+        "smaller".split()
     ),
     donate_argnames="state",
 )
@@ -175,6 +178,7 @@ def finetune_train_step(
     teachers: tuple[Teacher, ...] = (),
     teacher_variables: tuple = (),
     teacher_weight: float = 0.0,
+    train_from: str = "full",
     smaller: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One supervised step on a batch of `image`, `age`, `gender`, `race`: (state, metrics).
@@ -202,6 +206,7 @@ def finetune_train_step(
         targets["age"] += teacher_weight * (answer - targets["age"])
 
     def loss_fn(params):
+        params = hold_frozen(params, train_from)
         seen = params_for(params, images, model=model) if smaller else params
         out, mutated = model.apply(
             {"params": seen, "batch_stats": state.batch_stats},

@@ -82,6 +82,16 @@ def freeze_mask(params: Params, train_from: str) -> Params:
     return jax.tree_util.tree_map_with_path(frozen, params)
 
 
+def hold_frozen(params: Params, train_from: str) -> Params:
+    """`params` without gradients to the leaves that `freeze_mask` holds where they are: there is no
+    backward pass through what lies before the first trained layer."""
+    return jax.tree.map(
+        lambda frozen, leaf: jax.lax.stop_gradient(leaf) if frozen else leaf,
+        freeze_mask(params, train_from),
+        params,
+    )
+
+
 def first_trained_stage(train_from: str) -> int:
     """The stage that training starts from: 0 (the stem) for 'full', 5 for 'head', 3 for 'stage3'.
 

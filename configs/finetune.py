@@ -121,7 +121,8 @@ def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
     optim.clip_norm = 1.0
     optim.warmup_epochs = 3.0
     optim.layer_decay = 1.0
-    optim.train_from = "full"  # or 'head', 'stage4', 'stage3', …: what lies before it stays frozen
+    # Or 'head', 'stage4', 'stage3', …: what lies before it stays as it is, without a backward pass.
+    optim.train_from = "full"
     config.ema = 0.999  # exponential moving average of the parameters; 0: off
 
     config.monitor = ml_collections.ConfigDict()

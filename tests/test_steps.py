@@ -130,6 +130,39 @@ def test_unknown_gender_moves_nothing_in_its_head():
     assert moved == {"age": True, "gender": False, "race": True}
 
 
+def test_frozen_stages_have_no_backward_pass_and_leave_the_other_gradients_alone():
+    start = init_variables(jax.random.key(0), FINETUNE[0], image_size=SIZE)["params"]
+    model, step = FINETUNE
+    held = partial(step, train_from="stage3")
+    (full, _), (state, metrics) = (
+        run_steps((model, which), 1, steps=1, tx=SGD) for which in (step, held)
+    )
+    moved = jax.tree.map(lambda a, b: a - b, state.params, jax.device_get(start))
+    for (path, change), was, everywhere in zip(
+        jax.tree_util.tree_leaves_with_path(moved),
+        jax.tree.leaves(start),
+        jax.tree.leaves(full.params),
+        strict=True,
+    ):
+        if path[1].key.startswith(("stem", "stage1", "stage2")):
+            assert not np.any(change), path
+        else:
+            np.testing.assert_allclose(was + change, everywhere, rtol=1e-4, atol=1e-6)
+    squares = sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(moved))
+    assert metrics["grad_norm"] == pytest.approx(np.sqrt(squares), rel=1e-3)
+
+    state = create_train_state(
+        jax.random.key(1), init_variables(jax.random.key(0), model, image_size=SIZE), SGD, ema=True
+    )
+    full, stage3, head = (
+        finetune_train_step.lower(
+            state, make_batch(), tx=SGD, **step.keywords, train_from=train_from
+        ).cost_analysis()["flops"]
+        for train_from in ("full", "stage3", "head")
+    )
+    assert full > 1.5 * stage3 and stage3 > head
+
+
 class Stripes(nn.Module):
     """A backbone small enough to be traced for every loss: the brightness of each row."""
 
