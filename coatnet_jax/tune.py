@@ -176,7 +176,8 @@ def short_run(
         result["loss"] = float(np.mean(losses[-3:]))
         result["seconds"] = read_json(folder / "run.json")["wall_seconds"]
     except Diverged as error:
-        result |= {"status": "diverged", "why": str(error).partition(":")[0], "seconds": None}
+        # Without its metrics and advice, which are in brackets and after them.
+        result |= {"status": "diverged", "why": str(error).partition(" (")[0], "seconds": None}
     write_json(folder / RESULT, result)
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     clock.done(steps, trained=True)

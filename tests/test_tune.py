@@ -229,7 +229,8 @@ def fake_objective(monkeypatch):
         setting.workdir.mkdir(parents=True, exist_ok=True)
         (setting.workdir / "run.json").write_text('{"wall_seconds": 1.5}')
         if lr > 1:
-            raise loop.Diverged("the loss is not finite at step 3: lower it")
+            broken = {"loss": jnp.array(math.nan), "mae": jnp.array(20.0)}
+            loop._report(3, broken, log=None, progress=None, schedule=None)  # raises Diverged
         error = 5 + abs(math.log10(lr / 0.01)) + abs(decay - 0.2)
         log = MetricsLog(setting.workdir, trackers=trackers)
         log.write(step=steps, epoch=1, split="train", loss=error / 10, mae=error)
@@ -264,10 +265,12 @@ def test_best_of_a_fake_objective_is_recommended(fake_objective, drawn_root, tmp
     assert pairs == swept | {(lr, d) for lr in (1e-3, 1e-2, 1e-1) for d in (0, 0.05, 0.2)}
     assert len(table) == len(pairs) == 11
     diverged = [row for row in table if row["status"] == "diverged"]
-    assert [row["lr"] for row in diverged] == ["10.0"] and "not finite" in diverged[0]["why"]
+    assert [row["lr"] for row in diverged] == ["10.0"]
+    assert diverged[0]["why"] == "the loss is not finite at step 3"
     assert "run 12 of 12" in printed and "ETA" in printed
     page = (tmp_path / "t" / "report.html").read_text()
     assert "0.002, was not tried" in page and "No run beats" not in page
+    assert "Diverged: 10 (the loss is not finite at step 3)." in page
     assert "--config.optim.lr=0.01 --config.optim.weight_decay=0.2" in page
     for name in ("lr_sweep.png", "heatmap.png"):
         assert (tmp_path / "t" / name).stat().st_size > 5000
