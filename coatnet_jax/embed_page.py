@@ -36,7 +36,7 @@ SAW_AGES = (
 TOLD = (
     "**The backbone was told the ages of {told} of the {images:,} {split} faces**, in its own "
     "training or in a stage before (what it started from, or a teacher), so the scores are too "
-    "good: give a split, or with `--splits` a table, whose faces no stage was trained on."
+    "good: give another `--split`, or with `--name` a set, whose faces no stage was trained on."
 )
 CHOSEN_HERE = (
     "**Faces of this very split chose the checkpoint** among those of the training, so the scores "

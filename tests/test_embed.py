@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from coatnet_jax import embed, embed_plots, plots
+from coatnet_jax.main import _parser
 from coatnet_jax.metrics import mae
 from coatnet_jax.probe import probe_age
 from coatnet_jax.training_set import ToldAges
@@ -258,6 +260,10 @@ def test_faces_whose_ages_were_told_are_counted_on_the_page(joined, tmp_path, mo
     assert kept == {"faces": 3, "reference": 100}
     assert "told the ages of 3 of the 80 validation faces" in text
     assert "trained with the ages of 100 of the 120 train faces" in text
+    (advice,) = [line for line in text.splitlines() if "told the ages of 3" in line]
+    flags = set(re.findall(r"--[a-z-]+", advice))
+    commands = next(a for a in _parser()._actions if a.dest == "command")
+    assert flags and flags <= commands.choices["embed"]._option_string_actions.keys()
     kept, text = page(lambda *_: ToldAges((), np.zeros(0, np.uint64), ()))
     assert kept == {"faces": 0, "reference": 0}
     assert "told the ages" not in text and "with the ages of" not in text
