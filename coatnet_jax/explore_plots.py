@@ -185,7 +185,7 @@ def split_ages(path: str | Path, tables: Mapping[str, Mapping[str, np.ndarray]])
     """Age distribution of each split, a panel for each split file: {file: {split: ages [n]}}."""
     columns = min(len(tables), 2)
     lines = math.ceil(len(tables) / columns)
-    edges = np.arange(0, 120, 5)
+    edges = np.arange(0, 121, 5)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 3.1 * lines), layout="constrained")
         axes = np.ravel(figure.subplots(lines, columns, squeeze=False))

@@ -8,9 +8,10 @@ import tracemalloc
 import cv2
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from sklearn.utils.class_weight import compute_class_weight
 
-from coatnet_jax import explore
+from coatnet_jax import explore, explore_plots
 from coatnet_jax.ages import CLASS_NAMES, age_class
 from coatnet_jax.main import main
 from input_pipeline.pipeline import Faces
@@ -126,6 +127,20 @@ def test_copies_that_disagree_are_shown_with_their_labels(tmp_path):
     labels = {key: np.array(column) for key, column in read_labels(folder).items()}
     pair = np.flatnonzero(np.isin(labels["age"], [20, 61]))
     assert sorted(explore._copy_texts(labels, pair)) == ["20 y m White", "61 y f Asian"]
+
+
+def test_every_age_is_in_the_picture_of_the_splits(tmp_path, monkeypatch):
+    drawn, stairs = [], Axes.stairs
+
+    def kept(ax, values, *arguments, **options):
+        drawn.append(values)
+        return stairs(ax, values, *arguments, **options)
+
+    monkeypatch.setattr(Axes, "stairs", kept)
+    ages = np.arange(117)
+    explore_plots.split_ages(tmp_path / "a.png", {"default": {"train": ages, "test": ages[100:]}})
+    assert [np.sum(shares) for shares in drawn] == [pytest.approx(100), pytest.approx(100)]
+    assert drawn[0][-1] == pytest.approx(100 * 2 / 117)  # 115 and 116
 
 
 def test_large_photos_are_held_one_at_a_time(tmp_path):
