@@ -97,12 +97,13 @@ def circumstances(result: Mapping[str, Any]) -> str:
     """Which run, which faces, which rules."""
     base = result["baseline"]
     sides = [f"{100 * side:.0f} %" for side in result.get("sides", [1.0])]
-    flip = ", averaged over the picture and its mirror image" if result.get("flip") else ""
-    flip += (
-        f", of each the centres with {' and '.join(sides)} of its side" if len(sides) > 1 else ""
-    )
+    seen = ", averaged over the picture and its mirror image" if result.get("flip") else ""
+    if sides != ["100 %"]:
+        each = "each" if seen else "each picture"
+        centres = "centres" if len(sides) > 1 else "centre"
+        seen += f", of {each} the {centres} with {' and '.join(sides)} of its side"
     text = (
-        f"Run `{result.get('run', '')}` at step {result.get('step', 0):,}{flip}. The constant "
+        f"Run `{result.get('run', '')}` at step {result.get('step', 0):,}{seen}. The constant "
         f"answer is {base['median_age']:.0f} years and class {base['majority_class']}, the median "
         "and the commonest class of the training split."
     )

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from sklearn import metrics as oracle
 
-from coatnet_jax import conformal, evaluate, leaks, training_set
+from coatnet_jax import conformal, evaluate, evaluation_page, leaks, training_set
 from coatnet_jax.ages import CLASS_NAMES
 
 
@@ -500,6 +500,33 @@ def test_report_without_gender_and_race_shows_no_table_and_no_picture_of_them(jo
     assert "| gender" not in page and "auxiliary heads" not in page
     assert "groups.png" not in page and not (tmp_path / "run/evaluate/test/groups.png").exists()
     assert {row["by"] for row in result["groups"]} == {"age"}
+
+
+@pytest.mark.parametrize(
+    ("sides", "flip", "words"),
+    [
+        ([1.0], True, ", averaged over the picture and its mirror image"),
+        ([1.0], False, ""),
+        (
+            [1.0, 0.9],
+            True,
+            ", averaged over the picture and its mirror image, of each the centres with 100 % and "
+            "90 % of its side",
+        ),
+        (
+            [0.9],
+            True,
+            ", averaged over the picture and its mirror image, of each the centre with 90 % of its "
+            "side",
+        ),
+        ([0.9], False, ", of each picture the centre with 90 % of its side"),
+        ([1.0, 0.9], False, ", of each picture the centres with 100 % and 90 % of its side"),
+    ],
+)
+def test_page_says_which_views_were_seen(sides, flip, words):
+    base = {"median_age": 27.0, "majority_class": "18-40"}
+    result = {"run": "a", "step": 7, "sides": sides, "flip": flip, "baseline": base}
+    assert f"Run `a` at step 7{words}. The" in evaluation_page.circumstances(result)
 
 
 def test_page_calls_the_run_as_it_is_told_to(joined, tmp_path):
