@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 
 from coatnet_jax.bootstrap import drawn_units
+from coatnet_jax.evaluation_page import torn_copies
 from coatnet_jax.inference import sides_of
 from coatnet_jax.terms import DISCOURAGED, LIMITS, OTHER_LIMITS, data_terms, training_split
 
@@ -124,10 +125,14 @@ def _scores(result: Mapping[str, Any]) -> str:
     ):
         ends = percents(result[f"{key}_interval"])
         rows.append((label, f"{100 * result[key]:.1f} %", ends, f"{100 * base[key]:.1f} %"))
+    copies = torn_copies(result)
+    unseen = "" if copies else ", none of them trained on"
     title = (
-        f"{result['images']:,} faces of the {result['split']} split, none of them trained on; with "
-        f"95 % bootstrap intervals over {drawn_units(result)}, beside the best constant answer."
+        f"{result['images']:,} faces of the {result['split']} split{unseen}; with 95 % bootstrap "
+        f"intervals over {drawn_units(result)}, beside the best constant answer."
     )
+    if copies:
+        title += f" {copies}"
     return title + "\n\n" + _table(("", "model", "95 % interval", "constant"), rows)
 
 

@@ -429,6 +429,18 @@ def test_card_says_results_by_group_terms_and_use():
     assert "9.99" not in card  # crossings are in evaluation.json
 
 
+def test_card_tells_of_copies_that_were_trained_on():
+    run = {"parameters": 1, "data_fingerprint": "f", "git_revision": "abc", "devices": ["cpu"]}
+    config = load_config("finetune:micro")
+    assert "split, none of them trained on; with 95 %" in release_card(config, run, METRICS)
+    rest = {"images": 38, "mae": 7.25, "mae_interval": [6.5, 8.0], "cs5": 0.4, "accuracy": 0.7}
+    torn = {"leak_check": {"identical": 2}, "splits": "theirs", "without_copies": rest}
+    card = release_card(config, run, METRICS | torn)
+    assert "none of them trained on" not in card
+    assert "2 of these faces are pixel-identical copies of training faces" in card
+    assert "The other 38: MAE 7.25 years" in card
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_the_packaged_models_are_small_and_answer(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COATNET_JAX_HOME", str(tmp_path / "home"))
