@@ -27,6 +27,7 @@ from coatnet_jax.pages import (
     write_json,
     write_report,
 )
+from coatnet_jax.release_weights import is_released
 from coatnet_jax.stage import FREE_KEYS, LATER_KEYS
 from coatnet_jax.terms import data_terms
 
@@ -93,9 +94,13 @@ def _why_to_evaluate(path: Path, evaluation: str) -> str:
     if not told.is_file():
         return "there is no evaluation" if path.is_dir() else "no such run: there is no evaluation"
     metrics = read_json(told)
-    if metrics.get("which", "best") != "best" or not (path / FOLDER).is_dir():
+    if metrics.get("which", "best") != "best":
         return ""
-    then, now = metrics.get("step"), best_step(path)
+    then = now = metrics.get("step")
+    if (path / FOLDER).is_dir():
+        now = best_step(path)
+    elif is_released(path):  # another may have taken the place of the one that was evaluated
+        now = read_json(path / "run.json", optional=True).get("step", then)
     return "" if then == now else f"the best step is {now} now, of step {then} is"
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from coatnet_jax import compare
 from coatnet_jax.pages import write_csv
+from coatnet_jax.weight_files import write_weights
 
 
 def write_run(
@@ -224,6 +225,15 @@ def test_evaluation_of_an_older_checkpoint_is_made_again(runs, tmp_path, monkeyp
     monkeypatch.setattr(compare, "best_step", lambda path: 9)
     compare.run(runs, out=tmp_path / "out", evaluate=made.append)
     assert made == [runs[1]]
+
+
+def test_evaluation_of_a_release_that_another_replaced_is_made_again(runs, tmp_path):
+    write_weights(runs[1] / "weights.safetensors", {"x": np.zeros(1)}, metadata={"step": "12"})
+    (runs[1] / "run.json").write_text(json.dumps({"step": 12}))
+    with pytest.raises(ValueError, match="the best step is 12 now, of step 9 is .*b/evaluate/test"):
+        compare.run(runs, out=tmp_path / "out")
+    (runs[1] / "run.json").write_text(json.dumps({"step": 9}))
+    compare.run(runs, out=tmp_path / "out")
 
 
 def test_a_soup_is_not_a_seed_of_its_runs(runs, tmp_path):
