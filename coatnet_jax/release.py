@@ -49,9 +49,9 @@ def write_release(
     `sides` take the place of the run's own `eval_sides`; choose them on the validation split.
     `max_mb` is how many million bytes the weights may take. Gives back the evaluation, whose report
     goes to `<run_dir>/released`. Raises ValueError for a run without an age head or one whose
-    `init_from` is gone, where `out` holds a run or other files of these names, or the weights take
-    more than `max_mb`, and what `evaluate.run` raises; a release that was in `out` is replaced when
-    all is done, not before.
+    `init_from` is gone, where `out` is the report's folder or holds a run or other files of these
+    names, or the weights take more than `max_mb`, and what `evaluate.run` raises; a release that
+    was in `out` is replaced when all is done, not before.
     """
     run_dir, data_folder, out = Path(run_dir), Path(data_folder), Path(out)
     variables, step = load_variables(run_dir)
@@ -71,6 +71,12 @@ def write_release(
     others = _other_sets(run_dir, released, data_folder)
     if out.resolve() == run_dir.resolve() or (out / FOLDER).is_dir():
         raise ValueError(f"{out} is the folder of a run, which this would ruin; give another --out")
+    report = run_dir / "released"
+    if out.resolve() == report.resolve():
+        raise ValueError(
+            f"{out} is where the report on the release goes, which names every face; give another "
+            "--out"
+        )
     foreign = [] if is_released(out) else [name for name in NAMES if (out / name).exists()]
     if foreign:
         raise ValueError(
@@ -95,7 +101,6 @@ def write_release(
         save_weights(new, packed)
         save_config(config, new / "config.json")
         write_json(new / "run.json", run)
-        report = run_dir / "released"
         # The page outlives the scratch folder, so it names the one to come.
         result = evaluate.run(new, data_folder, out=report, show_faces=False, called=out)
         measured = {key: value for key, value in result.items() if key not in ("run", "data")}

@@ -202,6 +202,14 @@ def test_a_release_spoils_no_run(run_dir, variables, tmp_path, monkeypatch):
             check_unused(path, flag="--workdir")
 
 
+def test_a_release_does_not_lie_where_its_report_goes(run_dir, variables, monkeypatch):
+    monkeypatch.setattr(release, "evaluate", SimpleNamespace(run=lambda *_, **__: METRICS))
+    monkeypatch.setattr(release, "load_variables", lambda *_: (variables, 9))
+    with pytest.raises(ValueError, match="report .* names every face; give another --out"):
+        release.write_release(run_dir, "data", run_dir / "released")
+    assert not (run_dir / "released").exists()
+
+
 def test_a_release_that_cannot_be_told_from_its_data_leaves_the_one_before(
     run_dir, variables, tmp_path, monkeypatch
 ):
