@@ -201,7 +201,8 @@ def conformal_constants(
 ) -> dict[str, Any] | None:
     """The constants of the 90 % intervals, from the validation faces; None where those are too few.
 
-    With `keep` they are also written to `conformal.json` of the run, which `predict` reads.
+    With `keep` they are also written to `conformal.json` of the run, which `predict` reads, or a
+    line says that they cannot be.
     """
     if len(validation) < math.ceil(LEVEL / (1 - LEVEL) - 1e-9):
         print(f"{len(validation)} validation faces are too few for conformal intervals: left out")
@@ -218,7 +219,10 @@ def conformal_constants(
         "step": int(model.step),
     }
     if keep:
-        save_constants(model.run_dir, constants)
+        try:
+            save_constants(model.run_dir, constants)
+        except PermissionError:  # of a run of somebody else, say, whose results go to another --out
+            print(f"{model.run_dir} cannot be written to: predict will not have its intervals")
     return constants
 
 

@@ -334,6 +334,18 @@ def test_constants_are_kept_only_of_what_predict_does(joined, monkeypatch, optio
     assert not (joined.run / "conformal.json").exists()
 
 
+def test_a_run_that_cannot_be_written_to_is_evaluated_elsewhere(
+    joined, monkeypatch, tmp_path, capsys
+):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", str(joined.run / "conformal.json"))
+
+    monkeypatch.setattr(evaluate, "save_constants", refused)
+    result = evaluate.run(joined.run, joined.data, out=tmp_path / "out", show_faces=False)
+    assert result["conformal"]["constants"]["years"] > 0
+    assert f"{joined.run} cannot be written to: predict will not have" in capsys.readouterr().out
+
+
 def test_evaluation_writes_the_constants_of_the_package_only_where_it_has_none(
     joined, monkeypatch, tmp_path
 ):
@@ -524,9 +536,10 @@ def test_report_without_gender_and_race_shows_no_table_and_no_picture_of_them(jo
     ],
 )
 def test_page_says_which_views_were_seen(sides, flip, words):
-    base = {"median_age": 27.0, "majority_class": "18-40"}
+    base = {"median_age": 27.5, "majority_class": "18-40"}
     result = {"run": "a", "step": 7, "sides": sides, "flip": flip, "baseline": base}
-    assert f"Run `a` at step 7{words}. The" in evaluation_page.circumstances(result)
+    text = evaluation_page.circumstances(result)
+    assert text.startswith(f"Run `a` at step 7{words}. The constant answer is 27.5 years and ")
 
 
 def test_page_calls_the_run_as_it_is_told_to(joined, tmp_path):
