@@ -104,7 +104,7 @@ def circumstances(result: Mapping[str, Any]) -> str:
         seen += f", of {each} the {centres} with {' and '.join(sides)} of its side"
     text = (
         f"Run `{result.get('run', '')}` at step {result.get('step', 0):,}{seen}. The constant "
-        f"answer is {base['median_age']:.0f} years and class {base['majority_class']}, the median "
+        f"answer is {base['median_age']:g} years and class {base['majority_class']}, the median "
         "and the commonest class of the training split."
     )
     text += f" An age is the {DECODED[result.get('decode', 'median')]}"

@@ -154,7 +154,7 @@ def short_blocks(name: str, table: Table) -> list[dict[str, Any]]:
     age, n = table["age"], len(table["age"])
     gender, race = (int(np.sum(table[key] >= 0)) for key in ("gender", "race"))
     text = (
-        f"**{n:,} pictures**, ages {age.min()}–{age.max()}, median {np.median(age):.0f}. The "
+        f"**{n:,} pictures**, ages {age.min()}–{age.max()}, median {np.median(age):g}. The "
         f"gender is known of {gender:,}, the race of {race:,}. `labels.csv` beside this page has "
         "a row for each picture; #12 stands for the one of index 12."
     )

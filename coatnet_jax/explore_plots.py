@@ -60,7 +60,7 @@ def ages(path: str | Path, age: Int[np.ndarray, " n"]) -> Path:
         legend = ax.legend(handles=handles, loc="upper right", fontsize=10, title="age class")
         legend.get_title().set_fontsize(10)
         ax.set(xlabel="age in years", ylabel="pictures", xlim=(-1, years[-1] + 1))
-        ax.set_title(f"Age in whole years; the median, {median:.0f}, is dashed")
+        ax.set_title(f"Age in whole years; the median, {median:g}, is dashed")
         _count_axis(ax)
         return save_figure(figure, path)
 

@@ -86,7 +86,7 @@ def short_blocks(
         blocks.append(
             {
                 "text": f"On {test['images']:,} test faces the mean absolute error is "
-                f"**{test['mae']:.2f} years** (always answering {base['median_age']:.0f}: "
+                f"**{test['mae']:.2f} years** (always answering {base['median_age']:g}: "
                 f"{base['mae']:.2f}), and **{percent(test['accuracy'])}** fall into the right one "
                 f"of four age classes (always answering {base['majority_class']}: "
                 f"{percent(base['accuracy'])})."

@@ -73,6 +73,15 @@ def test_balanced_weights_of_the_classes_match_scikit_learn(tmp_path):
     assert weights[3] is None
 
 
+def test_median_between_two_years_is_told(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(explore_plots, "save_figure", lambda figure, path: titles.append(figure))
+    table = {"age": np.array([27, 28]), "gender": np.zeros(2, int), "race": np.zeros(2, int)}
+    assert "median 27.5." in explore.short_blocks("mine", table)[0]["text"]
+    explore_plots.ages(tmp_path / "ages.png", table["age"])
+    assert "the median, 27.5, is dashed" in titles[0].axes[0].get_title(loc="left")
+
+
 def test_blurred_and_enlarged_pictures_are_less_sharp():
     image = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
     image = cv2.GaussianBlur(image, (0, 0), 1)

@@ -92,6 +92,13 @@ def test_wrong_blocks_and_missing_pictures_are_told_in_one_line(tmp_path):
 # --- the demo's report ---------------------------------------------------------------------------
 
 
+def test_median_between_two_years_is_told():
+    base = {"median_age": 27.5, "mae": 15.0, "majority_class": "18-40", "accuracy": 0.5}
+    test = {"images": 9, "mae": 5.0, "accuracy": 0.75, "baseline": base}
+    text = report.short_blocks({"name": "drawn"}, {}, test)[0]["text"]
+    assert "(always answering 27.5: 15.00)" in text
+
+
 def write_demo(folder, *, name="drawn"):
     """What the stages leave behind, in small."""
     rng = np.random.default_rng(0)
