@@ -1,6 +1,7 @@
 """What the command line says of itself: quickly, and true."""
 
 import ast
+import io
 import re
 import subprocess
 import sys
@@ -52,6 +53,14 @@ def test_help_of_a_training_says_what_the_words_are(capsys):
 def test_version_is_that_of_the_package(capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert said(capsys, "--version") == f"coatnet-jax {project['version']}\n"
+
+
+def test_a_terminal_without_our_characters_is_written_to(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert not stop.value.code and b"--workdir=?" in stream.buffer.getvalue()
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--help"], ["pretrain", "--help"]])
