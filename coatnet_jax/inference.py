@@ -71,13 +71,16 @@ def image_format(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def check_sides(sides: Sequence[float]) -> tuple[float, ...]:
     """`sides` as a tuple; ValueError unless there are some, all over 0 and at most 1."""
-    sides = tuple(float(side) for side in sides)
-    if not sides or not all(0 < side <= 1 for side in sides):
+    try:
+        shares = tuple(float(side) for side in sides)
+    except ValueError:  # a word: a tuple that was mistyped comes as one
+        shares = ()
+    if not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError(
             f"eval_sides are shares of a picture's side, over 0 and at most 1, like (1.0, 0.9), "
-            f"not {sides}"
+            f"not {tuple(sides)}"
         )
-    return sides
+    return shares
 
 
 def sides_of(config: ml_collections.ConfigDict) -> tuple[float, ...]:
