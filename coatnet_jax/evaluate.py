@@ -7,6 +7,7 @@ splits are fixed files, checkpoints are chosen on the validation split alone, an
 is ever evaluated.
 """
 
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -221,7 +222,9 @@ def conformal_constants(
     if keep:
         try:
             save_constants(model.run_dir, constants)
-        except PermissionError:  # of a run of somebody else, say, whose results go to another --out
+        except OSError as error:  # of somebody else's run, say, whose results go to another --out
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
             print(f"{model.run_dir} cannot be written to: predict will not have its intervals")
     return constants
 

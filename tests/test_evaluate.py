@@ -1,7 +1,9 @@
 """Measures against scikit-learn and plain loops; files; one-line errors."""
 
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -334,11 +336,12 @@ def test_constants_are_kept_only_of_what_predict_does(joined, monkeypatch, optio
     assert not (joined.run / "conformal.json").exists()
 
 
+@pytest.mark.parametrize("why", [errno.EACCES, errno.EROFS])
 def test_a_run_that_cannot_be_written_to_is_evaluated_elsewhere(
-    joined, monkeypatch, tmp_path, capsys
+    why, joined, monkeypatch, tmp_path, capsys
 ):
     def refused(*_, **__):
-        raise PermissionError(13, "Permission denied", str(joined.run / "conformal.json"))
+        raise OSError(why, os.strerror(why), str(joined.run / "conformal.json"))
 
     monkeypatch.setattr(evaluate, "save_constants", refused)
     result = evaluate.run(joined.run, joined.data, out=tmp_path / "out", show_faces=False)
