@@ -19,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from coatnet_jax.baselines.vit import adapt_positions
 from coatnet_jax.coatnet import adapt_relative_bias
+from coatnet_jax.config import read_config
 from coatnet_jax.release_weights import is_released, load_released
 from coatnet_jax.train_state import TrainState
 from input_pipeline.errors import first_line
@@ -126,13 +127,21 @@ def has_checkpoint(run_dir: Path) -> bool:
 
 def check_unused(folder: Path, *, flag: str) -> None:
     """Raise ValueError where `folder` holds a run or a released model, which must not be mixed
-    with another; `flag` is the one that named it."""
+    with another, or the config.json of another program; `flag` is the one that named it."""
     for held, holds in (
         ((folder / FOLDER).is_dir(), "run"),
         (is_released(folder), "released model"),
     ):
         if held:
             raise ValueError(f"{folder} holds a {holds} already; give a new {flag}")
+    if (folder / "config.json").is_file():
+        try:
+            read_config(folder / "config.json")
+        except ValueError:
+            raise ValueError(
+                f"{folder} holds the config.json of something else, which this would replace; give "
+                f"a new {flag}"
+            ) from None
 
 
 def save_variables(workdir: Path, variables: dict[str, Any]) -> None:

@@ -238,7 +238,9 @@ def test_bad_input_is_one_line(state, imported, tmp_path, monkeypatch, capsys):
     table = "stages.2.blocks.0.attn.rel_pos.relative_position_bias_table"
     rectangle = {**state, table: np.ones((35, 1), np.float32)}
     save_file(rectangle, tmp_path / f"{NAME}_320.safetensors")
-    new = tmp_path / "new"
+    new, theirs = tmp_path / "new", tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"architecture": "coatnet_nano_rw_224"}')
     for source, options, said in (
         ("coatnet_nano_rv_224", [], "near: coatnet_nano_rw_224.sw_in1k"),
         (NAME, [], "install huggingface-hub"),
@@ -254,6 +256,7 @@ def test_bad_input_is_one_line(state, imported, tmp_path, monkeypatch, capsys):
         (tmp_path / f"{NAME}_320.safetensors", [], "35 relative positions .* square"),
         (tmp_path / f"{NAME}_224.pth", [], "before version 1.6"),
         (good, [f"--workdir={imported}"], "holds a run already"),
+        (good, [f"--workdir={theirs}"], "config.json of something else, .* a new --workdir"),
         (tmp_path, ["--model=coatnet_0"], "not the weights of timm's"),
     ):
         with pytest.raises(SystemExit) as stop:
