@@ -219,10 +219,11 @@ def differing(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' own names; with as many of those above as it takes to tell them apart."""
+    """The folders' own names; with as many of those above as it takes to tell them apart, and from
+    the column beside theirs in `differing`."""
     parts = [path.resolve().parts for path in paths]
     depth = 1
-    while len({part[-depth:] for part in parts}) < len(parts):
+    while len({("setting",), *(part[-depth:] for part in parts)}) <= len(parts):
         depth += 1
     return ["/".join(part[-depth:]) for part in parts]
 

@@ -248,3 +248,11 @@ def test_a_soup_is_not_a_seed_of_its_runs(runs, tmp_path):
 def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
     paths = [tmp_path / "a/finetune", tmp_path / "b/finetune"]
     assert compare._names(paths) == ["a/finetune", "b/finetune"]
+
+
+def test_a_run_that_is_called_as_a_column_hides_no_setting(tmp_path):
+    age = np.arange(20, 60)
+    paths = [write_run(tmp_path / f"in/{name}", age + 1.0, lr=lr)
+             for name, lr in (("first", 1e-3), ("setting", 1e-2))]  # fmt: skip
+    (row,) = compare.run(paths, out=tmp_path / "out")["settings"]
+    assert row == {"setting": "optim.lr", "in/first": 1e-3, "in/setting": 1e-2}
