@@ -111,7 +111,7 @@ def parse_training_flags(
         extra = values(["coatnet-jax", *rest])[1:]
     except flags.UnrecognizedFlagError as error:
         raise UnknownWord(_unknown_flag(error.flagname, config)) from None
-    except (flags.Error, ValueError, TypeError) as error:
+    except (flags.Error, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"bad flag: {' '.join(str(error).split())}") from None
     if extra:
         raise UnknownWord(

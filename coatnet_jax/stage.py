@@ -212,7 +212,11 @@ def check_values(config: ml_collections.ConfigDict) -> None:
     """Raise ValueError, naming the key, for a value that no training can have."""
     values = flat(config.to_dict())
     for key, (wanted, holds) in BOUNDS.items():
-        if key in values and not holds(values[key]):
+        try:
+            right = key not in values or holds(values[key])
+        except TypeError:  # a word within a tuple of numbers
+            right = False
+        if not right:
             raise ValueError(f"config.{key} is {values[key]}, it must be {wanted}")
     if config.optim.warmup_epochs >= config.epochs:
         raise ValueError(

@@ -85,6 +85,7 @@ def test_config_by_path(tmp_path):
         (["--config=pretrian", "--workdir=x"], "shipped ones: finetune, pretrain"),
         (["--config=/no/such.py", "--workdir=x"], "no config '/no/such.py'"),
         (["--config.epochs=many", "--workdir=x"], "many"),
+        (["--config.augment.crop[0]=0.5", "--workdir=x"], "in: augment.crop[0]"),
         (["--wrkdir=x"], "did you mean --workdir"),
         ([], "--workdir=FOLDER is missing"),
         (["what", "--workdir=x"], "unexpected argument 'what'"),

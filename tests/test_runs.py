@@ -26,7 +26,7 @@ from coatnet_jax import (
     stage,
 )
 from coatnet_jax.checkpoint import FOLDER, load_variables
-from coatnet_jax.config import load_config, read_config
+from coatnet_jax.config import load_config, parse_training_flags, read_config
 from coatnet_jax.main import main
 from coatnet_jax.teachers import teachers_answer
 from input_pipeline.images import decode_image
@@ -564,6 +564,13 @@ def test_impossible_values_of_a_method_are_refused_by_name(method, bad):
     part, name = key.split(".")
     config[part][name] = type(config[part][name])(float(value))
     with pytest.raises(ValueError, match=f"config.{key} is .*, it must be "):
+        stage.check_values(config)
+
+
+def test_a_word_where_a_tuple_holds_numbers_is_refused_by_name():
+    words = ["--config.augment.crop=('half', 1.0)", "--workdir=x"]
+    config, _ = parse_training_flags(words, default="finetune")
+    with pytest.raises(ValueError, match=r"config.augment.crop is \('half', 1.0\), it must be two"):
         stage.check_values(config)
 
 
