@@ -19,6 +19,7 @@ import ml_collections
 from coatnet_jax.config import read_json, save_config
 from coatnet_jax.distributed import is_main
 from coatnet_jax.lineage import stages_behind
+from coatnet_jax.pages import write_whole
 from input_pipeline.progress import duration
 
 PACKAGES = ("coatnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -69,7 +70,7 @@ def update_run_info(workdir: Path, **values) -> None:
     """Add or replace entries of run.json."""
     path = workdir / "run.json"
     info = read_json(path) | values
-    path.write_text(json.dumps(info, indent=2) + "\n")
+    write_whole(path, json.dumps(info, indent=2) + "\n")
 
 
 class MetricsLog:
@@ -106,7 +107,7 @@ class MetricsLog:
         if is_main() and self.path.is_file():
             lines = self.path.read_text().splitlines(keepends=True)
             kept = (line for line in lines if _parsed(line).get("step", math.inf) <= step)
-            self.path.write_text("".join(kept))
+            write_whole(self.path, "".join(kept))
 
 
 def _parsed(line: str) -> dict:

@@ -301,8 +301,15 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_without_nan(values), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, text + "\n")
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file at once: where the process is killed meanwhile, the file before stays."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _without_nan(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import pytest
 
 from coatnet_jax import loop
 from coatnet_jax.checkpoint import Checkpoints, load_variables
-from coatnet_jax.logs import MetricsLog
+from coatnet_jax.logs import MetricsLog, update_run_info
+from coatnet_jax.pages import write_json
 from coatnet_jax.sharding import make_mesh
 from coatnet_jax.train_state import create_train_state
 
@@ -88,6 +90,36 @@ def test_early_stopping_keeps_the_best_and_the_latest(tmp_path):
     # The same command again knows from the log that the run is over.
     state, finished = train(tmp_path, SCORES)
     assert finished and int(state.step) == 10
+
+
+def test_files_that_a_run_goes_on_from_are_written_whole_or_not(tmp_path, monkeypatch):
+    run, log, tuned = (tmp_path / name for name in ("run.json", "metrics.jsonl", "result.json"))
+    run.write_text('{"data_fingerprint": "f"}')
+    log.write_text('{"step": 1, "loss": 2.0}\n{"step": 9, "loss": 1.0}\n')
+    tuned.write_text('{"status": "done"}')
+    before = {path: path.read_text() for path in (run, log, tuned)}
+    write = Path.write_text
+
+    def killed(path, text, **options):
+        write(path, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        for step in (
+            lambda: update_run_info(tmp_path, finished=True),
+            lambda: MetricsLog(tmp_path).keep_until(1),
+            lambda: write_json(tuned, {"status": "diverged"}),
+        ):
+            with pytest.raises(KeyboardInterrupt):
+                step()
+    assert {path: path.read_text() for path in before} == before
+    update_run_info(tmp_path, finished=True)
+    MetricsLog(tmp_path).keep_until(1)
+    write_json(tuned, {"status": "diverged"})
+    assert json.loads(run.read_text())["finished"]
+    assert log.read_text() == '{"step": 1, "loss": 2.0}\n'
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(p.name for p in before)
 
 
 def test_equal_is_no_better(tmp_path):
