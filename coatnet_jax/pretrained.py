@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def run(source: str, workdir: Path, *, model: str | None = None) -> None:
     print(
         f"{name}, {parameters / 1e6:.2f} M parameters, {config.model.image_size} px, mean "
         f"{config.model.mean}, std {config.model.std}; written to {workdir}: start from it with "
-        f"--config=finetune:{name} --config.init_from={workdir}"
+        f"--config=finetune:{name} {shlex.quote(f'--config.init_from={workdir}')}"
     )
 
 

@@ -1,9 +1,12 @@
 """timm's weights brought in as a run: what is written, and a fine-tuning that starts from it."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -21,7 +24,7 @@ from safetensors.numpy import save, save_file
 from test_weight_files import write_torch
 
 from coatnet_jax import coatnet_rw, finetune, inference, pretrained, sharding, stage
-from coatnet_jax.config import load_config, read_config
+from coatnet_jax.config import load_config, parse_training_flags, read_config
 from coatnet_jax.import_timm import expected_weights, import_timm
 from coatnet_jax.inference import build_model, load_run
 from coatnet_jax.main import main
@@ -50,12 +53,15 @@ def state(quick_compiles):
 
 @pytest.fixture(scope="module")
 def imported(state, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    write_torch(folder / f"{NAME}_224_sw-f5309.pth", state)
-    with pytest.raises(SystemExit) as stop:
-        main(["import-timm", str(folder / f"{NAME}_224_sw-f5309.pth"), f"--workdir={folder}/run"])
+    folder, said = tmp_path_factory.mktemp("weights"), io.StringIO()
+    source, workdir = folder / f"{NAME}_224_sw-f5309.pth", folder / "a run"
+    write_torch(source, state)
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(said):
+        main(["import-timm", str(source), f"--workdir={workdir}"])
     assert not stop.value.code
-    return folder / "run"
+    advice = shlex.split(said.getvalue().partition("start from it with ")[2])
+    assert parse_training_flags([*advice, "--workdir=w"], default="")[0].init_from == str(workdir)
+    return workdir
 
 
 def test_imported_run_holds_the_weights_and_what_images_are_like(state, imported):
