@@ -309,7 +309,7 @@ def _check_size(n: int) -> None:
 
 def _check_finite(z: np.ndarray) -> None:
     if not np.isfinite(z).all():
-        raise ValueError("the features hold NaN: the run diverged, take an earlier checkpoint")
+        raise ValueError("the features hold NaN: the run diverged, take another run")
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -365,7 +365,7 @@ def prediction_row(
     """
     p = np.asarray(p, np.float64)
     if not np.isfinite(p).all():
-        raise ValueError("the predictions hold NaN: the run diverged, take an earlier checkpoint")
+        raise ValueError("the predictions hold NaN: the run diverged, take another run")
     age, classes = float(get_decoder(decode)(p)), class_probabilities(p)
     chosen = int(age_class(np.float64(age)))
     ends = (
