@@ -7,6 +7,7 @@ needs the optimizer to be known.
 """
 
 import logging
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from coatnet_jax.train_state import TrainState
 from input_pipeline.errors import first_line
 
 FOLDER = "checkpoints"
-# Stands for "not evaluated" in checkpoints that are saved between two evaluations.
+# Stands for "not evaluated" in checkpoints that are saved between two evaluations, or where one
+# gave no number.
 NO_METRIC = 1e9
 # Parameters whose shape follows the image size, with what resizes them.
 RESIZABLE = {"relative_bias": adapt_relative_bias, "position_embedding": adapt_positions}
@@ -62,10 +64,12 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
+        metric = float((metrics or {}).get(self.metric, NO_METRIC))
         self.manager.save(
             step,
             args=ocp.args.Composite(iterator=ocp.args.JsonSave(iterator_state), **saved),
-            metrics={self.metric: float((metrics or {}).get(self.metric, NO_METRIC))},
+            # NaN is neither more nor less than another, and would be taken for the best.
+            metrics={self.metric: metric if math.isfinite(metric) else NO_METRIC},
         )
 
     def restore_latest(self, state: TrainState) -> tuple[TrainState, dict] | None:

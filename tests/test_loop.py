@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from coatnet_jax import loop
-from coatnet_jax.checkpoint import Checkpoints, load_variables
+from coatnet_jax.checkpoint import Checkpoints, best_step, load_variables
 from coatnet_jax.logs import MetricsLog, update_run_info
 from coatnet_jax.pages import write_json
 from coatnet_jax.sharding import make_mesh
@@ -90,6 +90,12 @@ def test_early_stopping_keeps_the_best_and_the_latest(tmp_path):
     # The same command again knows from the log that the run is over.
     state, finished = train(tmp_path, SCORES)
     assert finished and int(state.step) == 10
+
+
+def test_an_evaluation_without_a_number_is_never_the_best(tmp_path):
+    state, finished = train(tmp_path, [9.0, 5.0, 7.0, *[float("nan")] * 7])
+    assert finished and int(state.step) == 10  # three that are no better
+    assert best_step(tmp_path) == 4 and load_variables(tmp_path)[1] == 4
 
 
 def test_files_that_a_run_goes_on_from_are_written_whole_or_not(tmp_path, monkeypatch):
