@@ -170,7 +170,10 @@ def short_run(
         if not finetune.train(setting, trackers=trackers, traced_rates=True):
             return None
         log = MetricsLog(folder)
-        scores, losses = log.rows("validation"), [row["loss"] for row in log.rows("train")]
+        losses = [row["loss"] for row in log.rows("train")]
+        scores = [row for row in log.rows("validation") if math.isfinite(row["mae"])]
+        if not scores:
+            raise Diverged("the validation error is no number")
         best = min(scores, key=lambda row: row["mae"])
         result |= {key: best[key] for key in ("mae", "accuracy")}
         result["loss"] = float(np.mean(losses[-3:]))

@@ -276,6 +276,30 @@ def test_best_of_a_fake_objective_is_recommended(fake_objective, drawn_root, tmp
         assert (tmp_path / "t" / name).stat().st_size > 5000
 
 
+def test_a_run_whose_validation_gives_no_number_has_diverged(
+    fake_objective, drawn_root, tmp_path, monkeypatch
+):
+    train = finetune.train
+
+    def broken(setting, *, trackers=(), traced_rates=False):
+        if setting.config.optim.lr < 0.1:
+            return train(setting, trackers=trackers, traced_rates=traced_rates)
+        setting.workdir.mkdir(parents=True)
+        (setting.workdir / "run.json").write_text('{"wall_seconds": 1.5}')
+        log = MetricsLog(setting.workdir)
+        log.write(step=1, epoch=1, split="train", loss=1.0, mae=9.0)
+        log.write(step=1, epoch=1, split="validation", mae=math.nan, accuracy=0.0)
+        return True
+
+    monkeypatch.setattr(finetune, "train", broken)
+    grids = ["--lrs=1e-3,1e-2,0.1", "--weight-decays=0.05", "--steps=5"]
+    for _ in range(2):  # from what was kept, too
+        assert run_main("tune", *flags(drawn_root, tmp_path / "t"), *grids) == 0
+        rows = json.loads((tmp_path / "t" / "tune.json").read_text())["runs"]
+        assert [row["status"] for row in rows] == ["done", "done", "diverged"]
+    assert rows[-1]["why"] == "the validation error is no number"
+
+
 def test_finished_runs_are_skipped_and_stopped_ones_go_on(
     fake_objective, drawn_root, tmp_path, monkeypatch, capsys
 ):
