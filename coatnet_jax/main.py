@@ -170,6 +170,8 @@ def _tune(argv: list[str]) -> int:
     check_writable(workdir, flag="--workdir")
     if config.get("stage") != "finetune":
         raise ValueError(f"coatnet-jax tune is for fine-tuning, not for {config.get('stage')!r}")
+    if config.get("distributed"):
+        raise ValueError("coatnet-jax tune is one process: leave out --config.distributed")
     _prepare_process()
     from coatnet_jax import tune, tune_search
     from coatnet_jax.device_memory import exhaustion_explained, less_memory
@@ -296,7 +298,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument("--umap", action="store_true", help="UMAP too (needs umap-learn)")
     evaluate.add_argument("--on", dest="name", help="the same as --name")
-    evaluate.add_argument("--splits", help="table of splits (default: the run's own)")
+    evaluate.add_argument(
+        "--splits", help="table of splits (default: the run's own, of another set `default`)"
+    )
     evaluate.add_argument(
         "--which", default="best", help="checkpoint: best, latest or a step (default: best)"
     )

@@ -477,6 +477,7 @@ def test_missing_optuna_is_named_with_its_command(tmp_path, drawn_root, monkeypa
         (["--search=3", "--overfit-steps=9"], "--overfit-steps is no flag of --search"),
         (["--config.optim.lrr=1"], "did you mean --config.optim.lr"),
         (["--config=pretrain:atto"], "tune is for fine-tuning, not for 'pretrain'"),
+        (["--config.distributed=auto"], "tune is one process: leave out --config.distributed"),
     ],
 )
 def test_bad_input_is_one_line(words, message, drawn_root, tmp_path, capsys):
