@@ -405,7 +405,7 @@ def _pictures(
 
 
 def _labels_of(labels: Table, row: int) -> str:
-    """'23 f White', without what is unknown."""
+    """'23 y f White', without what is unknown."""
     gender = _name(("m", "f"), labels["gender"][row], "")
     race = _name(RACE_NAMES, labels["race"][row], "")
     return " ".join(part for part in (f"{labels['age'][row]} y", gender, race) if part)
