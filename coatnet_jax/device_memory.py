@@ -45,9 +45,10 @@ def less_memory(
     `other_folder`: where that is so before there is a checkpoint.
     """
     from coatnet_jax.checkpoint import has_checkpoint
+    from coatnet_jax.models import has_option
 
     ways = []
-    if not config.model.get("remat", False):
+    if has_option(config.model.name, "remat") and not config.model.get("remat", False):
         ways.append("give --config.model.remat=True (the same result, in more time)")
     ways.append(f"lower --config.batch_size ({config.batch_size} now)")
     if "accumulate" in config:

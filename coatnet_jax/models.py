@@ -56,6 +56,11 @@ def create_backbone(
     return make(drop_path=drop_path, dtype=dtype, **options)
 
 
+def has_option(name: str, option: str) -> bool:
+    """Whether `create_backbone` takes the option for this backbone; raises ValueError as above."""
+    return option in _options(_constructor(name))
+
+
 def source(name: str) -> str:
     """Where the backbone `name` was published, in a few words; raises ValueError as above."""
     _constructor(name)
