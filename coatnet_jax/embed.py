@@ -228,12 +228,13 @@ def choose_points(n: int, max_points: int, *, seed: int) -> np.ndarray:
 
 
 def fitting_perplexities(perplexity: float | Sequence[float], n: int) -> list[float]:
-    """The perplexities in the order given, lowered to a third of `n` points, each one once.
+    """The perplexities in the order given, lowered to a third of `n` points and rounded to two
+    digits behind the point, each one once.
 
-    Raises ValueError where one is not above 0.
+    Raises ValueError where one is not above 0 then.
     """
     given = [perplexity] if np.isscalar(perplexity) else list(perplexity)
-    if not given or not all(p > 0 for p in given):
+    if not given or not all(round(p, 2) > 0 for p in given):
         raise ValueError(f"perplexities are numbers above 0 (5 to 100 are usual), not {given}")
     return list(dict.fromkeys(round(float(min(p, (n - 1) / 3)), 2) for p in given))
 
