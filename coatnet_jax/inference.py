@@ -73,7 +73,7 @@ def check_sides(sides: Sequence[float]) -> tuple[float, ...]:
     """`sides` as a tuple; ValueError unless there are some, all over 0 and at most 1."""
     try:
         shares = tuple(float(side) for side in sides)
-    except ValueError:  # a word: a tuple that was mistyped comes as one
+    except (TypeError, ValueError):  # None or a word: a tuple that was mistyped comes as one
         shares = ()
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError(

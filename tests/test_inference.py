@@ -59,7 +59,7 @@ def test_attributes_are_two_genders_then_five_races(monkeypatch):
     np.testing.assert_allclose(found, np.hstack(expected), atol=1e-5)
 
 
-@pytest.mark.parametrize("sides", [(), (0.0,), (1.0, 1.1), ("1.0,0.9x",)])
+@pytest.mark.parametrize("sides", [(), (0.0,), (1.0, 1.1), ("1.0,0.9x",), (None,)])
 def test_sides_that_are_no_shares_are_refused(sides):
     with pytest.raises(ValueError, match="over 0 and at most 1, like") as error:
         check_sides(sides)
