@@ -166,9 +166,11 @@ def run(
     result["unknown"] = unknown_counts(labels)
     measures = face_measures(p, age, low, high, decode=decode)
     result["groups"] = group_table(measures, labels, persons=persons)
-    if model.has_attributes and _any_known(faces.labels):
-        q, _ = predict_split(model, faces, model.attributes, done="read gender and race of")
+    if model.attribute_heads and _any_known(faces.labels):
+        heads = " and ".join(model.attribute_heads)
+        q, _ = predict_split(model, faces, model.attributes, done=f"read {heads} of")
         attributes = {"gender": q[:, :2], "race": q[:, 2:]}
+        attributes = {key: attributes[key] for key in model.attribute_heads}
         if table := attribute_table(attributes, labels, trained.labels):
             result["attributes"] = table
     out = Path(out) if out else Path(packaged or run_dir / "evaluate") / _folder_name(result)
@@ -431,11 +433,11 @@ def attribute_table(
 
     Beside the accuracy of always answering the commonest one of training.
 
-    `p` holds class probabilities for 'gender' and 'race'; labels below zero are unknown. An
+    `p` holds class probabilities for 'gender', 'race' or both; labels below zero are unknown. An
     attribute that is known of no face here, or was of none in training, has no row.
     """
     rows = []
-    for name in ("gender", "race"):
+    for name in p:
         true, train = np.asarray(labels[name]), np.asarray(train_labels[name])
         known = int((true >= 0).sum())
         if not known or not (train >= 0).any():

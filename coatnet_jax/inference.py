@@ -78,7 +78,7 @@ def check_sides(sides: Sequence[float]) -> tuple[float, ...]:
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError(
             f"eval_sides are shares of a picture's side, over 0 and at most 1, like (1.0, 0.9), "
-            f"not {tuple(sides)}"
+            f"not {sides}"
         )
     return shares
 
@@ -261,9 +261,11 @@ class Run:
         )
 
     @property
-    def has_attributes(self) -> bool:
-        """Whether gender and race heads were trained."""
-        return self.stage == "finetune" and self.config.loss.gender > 0 < self.config.loss.race
+    def attribute_heads(self) -> tuple[str, ...]:
+        """Of 'gender' and 'race' those whose heads were trained."""
+        if self.stage != "finetune":
+            return ()
+        return tuple(key for key in ("gender", "race") if self.config.loss[key] > 0)
 
     def attributes(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 7"]:
         """Probabilities of the genders (two columns) and races (five) of UTKFace's labels."""

@@ -4,6 +4,7 @@ import argparse
 import atexit
 import gc
 import importlib.metadata
+import io
 import os
 import sys
 import traceback
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 wrong input or too little memory (one line says which),
     3 stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
-    if getattr(sys.stdout, "errors", "") == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # A character that the terminal lacks, or a name of other bytes, is '?' and ends no command.
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -145,7 +145,7 @@ def run(
         before=told[0].get("before", []),
     )
     card = model_card(config, parameters=parameters, fingerprint=fingerprint)
-    (workdir / "MODEL_CARD.md").write_text(card)
+    (workdir / "MODEL_CARD.md").write_text(card, encoding="utf-8")
     print(
         f"[soup] the mean of {len(chosen)} of {len(paths)} runs, validation error {found:.3f} "
         f"years (the best alone: {errors[order[0]]:.3f}); written to {workdir}"

@@ -409,7 +409,7 @@ def run_stage(
         card = model_card(
             config, parameters=parameters, fingerprint=setting.train_faces.fingerprint
         )
-        (workdir / "MODEL_CARD.md").write_text(card)
+        (workdir / "MODEL_CARD.md").write_text(card, encoding="utf-8")
         _copy_data_report(setting)
         if (how := config.data.get("label_noise", "keep")) != "keep":
             write_account(workdir / "label_noise.csv", list(setting.conflicts), how)

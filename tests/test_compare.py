@@ -252,7 +252,7 @@ def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
 
 def test_a_run_that_is_called_as_a_column_hides_no_setting(tmp_path):
     age = np.arange(20, 60)
-    paths = [write_run(tmp_path / f"in/{name}", age + 1.0, lr=lr)
-             for name, lr in (("first", 1e-3), ("setting", 1e-2))]  # fmt: skip
+    rates = {"first": 1e-3, "setting": 1e-2}
+    paths = [write_run(tmp_path / f"in/{name}", age + 1.0, lr=rate) for name, rate in rates.items()]
     (row,) = compare.run(paths, out=tmp_path / "out")["settings"]
     assert row == {"setting": "optim.lr", "in/first": 1e-3, "in/setting": 1e-2}

@@ -224,7 +224,7 @@ def fake_faces(age, split):
 def fake_run(stage="finetune", **methods):
     data, loss = {"splits": "default"}, {"name": "kl_l1"}
     config = ConfigDict({"stage": stage, "model": {}, "data": data, "loss": loss})
-    methods = {"has_attributes": False, "decode": "median", "sides": (1.0,), **methods}
+    methods = {"attribute_heads": (), "decode": "median", "sides": (1.0,), **methods}
     return SimpleNamespace(
         config=config, stage=stage, step=7, source_size=8, batch_size=64, **methods
     )
@@ -285,13 +285,14 @@ def plain_interval(values, person, draws=1000):
 
 
 def test_run_writes_all_files_with_a_row_for_each_image(joined, tmp_path, capsys):
-    joined.model.has_attributes = True
+    joined.model.attribute_heads = ("gender", "race")
     joined.model.attributes = lambda index: np.eye(7)[joined.age[index] % 2]
     result = evaluate.run(joined.run, joined.data, flip=False)
     folder = tmp_path / "run" / "evaluate" / "test"
     assert joined.seen == {"flip": False, "splits": "default"}
     assert json.loads((folder / "metrics.json").read_text()) == result
     assert result["attributes"][0]["accuracy"] == 1.0
+    assert [row["attribute"] for row in result["attributes"]] == ["gender", "race"]
     with (folder / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(joined.age)
@@ -310,6 +311,13 @@ def test_run_writes_all_files_with_a_row_for_each_image(joined, tmp_path, capsys
     assert 'src="data:image/png' in (folder / "report.html").read_text()
     assert "| gender" in (folder / "report.md").read_text()
     assert f"MAE {result['mae']:.2f}" in capsys.readouterr().out
+
+
+def test_one_head_is_judged_where_the_other_was_not_trained(joined):
+    joined.model.attribute_heads = ("race",)
+    joined.model.attributes = lambda index: np.eye(7)[2 + joined.age[index] % 5]
+    (row,) = evaluate.run(joined.run, joined.data)["attributes"]
+    assert (row["attribute"], row["accuracy"]) == ("race", 1.0)
 
 
 def test_intervals_are_set_on_validation_and_judged_on_test(joined, monkeypatch):
@@ -505,7 +513,7 @@ def test_another_set_is_named_with_what_the_run_was_trained_on(joined, tmp_path)
 def test_report_without_gender_and_race_shows_no_table_and_no_picture_of_them(joined, tmp_path):
     evaluate.run(joined.run, joined.data)
     assert (tmp_path / "run/evaluate/test/groups.png").is_file()  # while they are known
-    joined.model.has_attributes = True
+    joined.model.attribute_heads = ("gender", "race")
     joined.model.attributes = None  # would raise
     for faces in joined.faces.values():
         faces.labels.update(gender=np.full(len(faces), -1), race=np.full(len(faces), -1))

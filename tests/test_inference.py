@@ -57,9 +57,14 @@ def test_attributes_are_two_genders_then_five_races(monkeypatch):
         expected.append(exp / exp.sum(1, keepdims=True))
     found = run.attributes(images)
     np.testing.assert_allclose(found, np.hstack(expected), atol=1e-5)
+    assert run.attribute_heads == ("gender", "race")
+    run.config.loss.race = 0.0
+    assert run.attribute_heads == ("gender",)
+    run.config.stage = "pretrain"
+    assert run.attribute_heads == ()
 
 
-@pytest.mark.parametrize("sides", [(), (0.0,), (1.0, 1.1), ("1.0,0.9x",), (None,)])
+@pytest.mark.parametrize("sides", [(), (0.0,), (1.0, 1.1), ("1.0,0.9x",), (None,), None])
 def test_sides_that_are_no_shares_are_refused(sides):
     with pytest.raises(ValueError, match="over 0 and at most 1, like") as error:
         check_sides(sides)
