@@ -148,8 +148,13 @@ def _out_of_patience(log: MetricsLog, metric: str, schedule: Schedule) -> bool:
     before, last = rows[: -schedule.patience], rows[-schedule.patience :]
     if not before or last[0]["step"] <= schedule.patience_from:
         return any_process(False)
-    best, lately = (min(row[metric] for row in some) for some in (before, last))
+    best, lately = (min(_finite(row[metric]) for row in some) for some in (before, last))
     return any_process(lately >= best)
+
+
+def _finite(value: float) -> float:
+    """The value; infinity for one that is no number, which would hide all others from `min`."""
+    return value if math.isfinite(value) else math.inf
 
 
 class _StopSignals:

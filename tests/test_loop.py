@@ -98,6 +98,20 @@ def test_an_evaluation_without_a_number_is_never_the_best(tmp_path):
     assert best_step(tmp_path) == 4 and load_variables(tmp_path)[1] == 4
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [float("nan"), 5.0, 6.0, 7.0, 8.0, *[9.0] * 5],
+        [9.0, 5.0, float("nan"), 7.0, 8.0, *[9.0] * 5],
+        [6.0, 5.0, *[float("nan")] * 8],
+    ],
+    ids=["first", "after the best", "to the end"],
+)
+def test_an_evaluation_without_a_number_does_not_keep_a_run_from_its_end(scores, tmp_path):
+    state, finished = train(tmp_path, scores)
+    assert finished and int(state.step) == 10  # 5.0 at step 4, then three that are no better
+
+
 def test_files_that_a_run_goes_on_from_are_written_whole_or_not(tmp_path, monkeypatch):
     run, log, tuned = (tmp_path / name for name in ("run.json", "metrics.jsonl", "result.json"))
     run.write_text('{"data_fingerprint": "f"}')
