@@ -41,7 +41,8 @@ def main() -> None:
     constant = told["baseline"]["median_age"]
     with (arguments.evaluated / "predictions.csv").open(newline="", encoding="utf-8") as lines:
         ours = {row["file"]: row for row in csv.DictReader(lines)}
-    faces = open_split(data_folder(arguments.name, arguments.root), "test")
+    folder = data_folder(arguments.name, arguments.root)
+    faces = open_split(folder, "test", splits=told["splits"])
     pixels = decode_once(faces, SIDE).pixels
     rows = evenly_spread(len(faces), arguments.limit)
     photo, crop = load()

@@ -1,7 +1,9 @@
 """The parts of `benchmarks/` that choose what is compared; what they measure is not tested."""
 
 import argparse
+import csv
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -129,6 +131,32 @@ def test_compiling_is_timed_with_and_without_unrolled_loops(capsys, monkeypatch)
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row for row in rows if "5.0" in row and "2.50" in row]
     assert [row for row in rows if "7.0" in row and "3.50" in row]
+
+
+def test_the_peer_sees_the_very_faces_that_were_evaluated(
+    drawn_root, tmp_path, capsys, monkeypatch
+):
+    test_split = importlib.import_module("test_split")
+    folder = data_folder("drawn", drawn_root)
+    default, faces = (open_split(folder, "test", splits=name) for name in ("default", "fold1"))
+    assert set(default.labels["file"]) != set(faces.labels["file"])
+    told = {"baseline": {"median_age": 30}, "splits": "fold1"}
+    (tmp_path / "metrics.json").write_text(json.dumps(told))
+    with (tmp_path / "predictions.csv").open("w", newline="") as lines:
+        rows = csv.writer(lines)
+        rows.writerow(("file", "predicted", "low", "high"))
+        rows.writerows(
+            (file, age + 1, age, age + 2)
+            for file, age in zip(faces.labels["file"], faces.labels["age"], strict=True)
+        )
+    monkeypatch.setattr(test_split, "load", lambda: (lambda image: [], lambda image: 30))
+    argv = ["test_split.py", str(tmp_path), f"--root={drawn_root}", "--name=drawn"]
+    monkeypatch.setattr("sys.argv", argv)
+    test_split.main()
+    printed = capsys.readouterr().out
+    ours = next(line.split("|") for line in printed.splitlines() if line.startswith("| ours"))
+    assert [cell.strip() for cell in ours[2:4]] == [str(len(faces)), "1.00"]
+    assert f"found no face in {len(faces)} crops" in printed
 
 
 def test_few_labels_are_spread_over_the_ages(label_efficiency, drawn_root):
