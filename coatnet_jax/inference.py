@@ -294,6 +294,17 @@ class Run:
         )
 
 
+def trained_config(run_dir: Path) -> ml_collections.ConfigDict:
+    """The config of a run whose weights are to be used: with the attention that every device has.
+
+    Weights know nothing of cuDNN's, and this may be another machine or dtype than the training's.
+    """
+    config = read_config(run_dir / "config.json")
+    if "attention" in config.model:
+        config.model.attention = "xla"
+    return config
+
+
 def load_run(
     run_dir: Path,
     *,
@@ -316,7 +327,7 @@ def load_run(
         from coatnet_jax.checkpoint import load_variables
 
         variables, step = load_variables(run_dir, which=which)
-    config = read_config(run_dir / "config.json")
+    config = trained_config(run_dir)
     if sides is not None:
         config.eval_sides = check_sides(sides)
     mesh = make_mesh()

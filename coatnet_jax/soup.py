@@ -28,9 +28,9 @@ from jaxtyping import Array, UInt8
 from coatnet_jax.ages import N_AGES, get_decoder
 from coatnet_jax.batchnorm import MOMENTUM
 from coatnet_jax.checkpoint import check_unused, load_variables, save_variables
-from coatnet_jax.config import flat, read_config, read_json
+from coatnet_jax.config import flat, read_json
 from coatnet_jax.finetune import training_view
-from coatnet_jax.inference import Run, build_model, predict_split
+from coatnet_jax.inference import Run, build_model, predict_split, trained_config
 from coatnet_jax.leaks import open_trained
 from coatnet_jax.lineage import teacher_folders
 from coatnet_jax.logs import update_run_info, write_run_info
@@ -237,7 +237,7 @@ def _statistics_step(
 
 def _read_alike(paths: Sequence[Path]) -> tuple[list[ml_collections.ConfigDict], list[dict]]:
     """The configs and run.json of fine-tuned runs; ValueError where they do not fit together."""
-    configs = [read_config(path / "config.json") for path in paths]
+    configs = [trained_config(path) for path in paths]
     told = [
         read_json(path / "run.json", wants=("data_fingerprint", "git_revision")) for path in paths
     ]

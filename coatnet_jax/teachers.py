@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from coatnet_jax.age_losses import get_age_loss
 from coatnet_jax.checkpoint import load_variables
 from coatnet_jax.config import read_config
-from coatnet_jax.inference import build_model, image_format
+from coatnet_jax.inference import build_model, image_format, trained_config
 from coatnet_jax.lineage import teacher_folders
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def open_teachers(config: ml_collections.ConfigDict) -> tuple[tuple[Teacher, ...
     """(the teachers of a config, the best weights of each); they compute in the config's dtype."""
     teachers, weights = [], []
     for folder in teacher_folders(config):
-        theirs = read_config(folder / "config.json")
+        theirs = trained_config(folder)
         theirs.model.dtype = config.model.dtype
         teachers.append(Teacher(build_model(theirs), theirs.loss.name))
         weights.append(load_variables(folder)[0])

@@ -6,8 +6,10 @@ import pytest
 from flax import linen as nn
 
 from coatnet_jax import augment, inference
-from coatnet_jax.config import load_config
-from coatnet_jax.inference import build_model, check_sides, normalisation, random_run
+from coatnet_jax.checkpoint import save_variables
+from coatnet_jax.config import load_config, save_config
+from coatnet_jax.inference import build_model, check_sides, load_run, normalisation, random_run
+from coatnet_jax.teachers import open_teachers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,6 +38,24 @@ def test_probabilities_are_the_mean_over_centres_and_mirror_images(flip):
     found = run.probabilities(images, flip=flip)
     np.testing.assert_allclose(found, np.mean(expected, axis=0), atol=2e-6)
     assert np.abs(found - expected[0]).max() > 1e-5  # else the mean would prove nothing
+
+
+def test_a_run_that_trained_with_cudnns_attention_is_of_use_on_every_device(tmp_path):
+    config = load_config("finetune:atto,drawn,tiny")
+    config.model.image_size = 32
+    config.eval_sides = (1.0, 0.75)
+    plain = random_run(config.copy_and_resolve_references(), batch_size=8)
+    config.model.attention = "cudnn"
+    save_variables(tmp_path, jax.device_get(plain.variables))
+    save_config(config, tmp_path / "config.json")
+    images = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3)).astype(np.uint8)
+    run = load_run(tmp_path, batch_size=8)
+    found = run.probabilities(images, flip=False)
+    np.testing.assert_array_equal(found, plain.probabilities(images, flip=False))
+
+    config.distill.teachers = str(tmp_path)
+    ((teacher,), _) = open_teachers(config)
+    assert teacher.model.backbone.attention == "xla"
 
 
 def test_attributes_are_two_genders_then_five_races(monkeypatch):
