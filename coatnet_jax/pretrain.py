@@ -183,7 +183,7 @@ def _gradients(params, target, memory, batch_stats, rng, images, age, *, model, 
     views = jnp.stack([view(rng_first, images), view(rng_second, images)], axis=1)
     views = views.reshape(2 * b, *views.shape[2:])
 
-    def outputs_of(params):
+    def outputs_of(params, model=model):
         outputs, mutated = model.apply(
             {"params": params, "batch_stats": batch_stats},
             views,
@@ -198,7 +198,9 @@ def _gradients(params, target, memory, batch_stats, rng, images, age, *, model, 
 
     # In training BatchNorm takes the statistics of the batch, so the networks can share the running
     # ones: they are those of the network that will be evaluated.
-    targets, target_stats = outputs_of(target) if method.has_target else (None, None)
+    targets, target_stats = None, None
+    if method.has_target:
+        targets, target_stats = outputs_of(target, without_drop_path(model))
 
     def loss_fn(params):
         online, stats = outputs_of(params)
@@ -209,6 +211,13 @@ def _gradients(params, target, memory, batch_stats, rng, images, age, *, model, 
 
     (_, (batch_stats, seen)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return grads, batch_stats, seen
+
+
+def without_drop_path(model: SiameseModel) -> SiameseModel:
+    """The model as it gives targets: whole, as the teacher is in the code of DINO's authors."""
+    if not getattr(model.backbone, "drop_path", 0.0):
+        return model
+    return model.clone(backbone=model.backbone.clone(drop_path=0.0))
 
 
 def draw_views(path: Path, setting: Setting, view: Any, *, faces: int = 12) -> None:

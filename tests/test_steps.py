@@ -13,13 +13,14 @@ import pytest
 from coatnet_jax import finetune
 from coatnet_jax.age_losses import AGE_LOSSES, age_distribution, get_age_loss
 from coatnet_jax.augment import eval_view, simclr_view, supervised_view
-from coatnet_jax.coatnet import CoAtNet, CoAtNetConfig
+from coatnet_jax.coatnet import CoAtNet, CoAtNetConfig, DropPath
 from coatnet_jax.config import load_config
 from coatnet_jax.finetune import finetune_train_step
 from coatnet_jax.heads import AgeModel, ProjectionHead, SiameseModel
 from coatnet_jax.losses import cross_entropy
 from coatnet_jax.pretrain import check_accumulation, first_extra, pretrain_train_step
 from coatnet_jax.sharding import check_batch_size, make_mesh, replicate, shard_batch
+from coatnet_jax.ssl.byol import BYOL
 from coatnet_jax.ssl.dino import DINO, DINOHead
 from coatnet_jax.ssl.methods import METHODS, create_method, create_siamese
 from coatnet_jax.ssl.simclr import SimCLR
@@ -370,6 +371,36 @@ def test_accumulated_gradients_are_those_of_the_batch_only_for_losses_of_single_
         center = (state.extra or {}).get("memory", {}).get("center", jnp.zeros(8))
         learned.append(np.concatenate([np.ravel(kernel), center]))
     assert np.allclose(*learned, atol=atol) == equal
+
+
+class Dropping(nn.Module):
+    """A backbone that is one path, which is dropped for some images."""
+
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return DropPath(self.drop_path)(images.reshape(len(images), -1)[:, :8], train)
+
+
+class Counting(BYOL):
+    """Counts the views of which each of the two networks has dropped all."""
+
+    def loss(self, online, target, *, age, memory):
+        loss, _, memory = super().loss(online, target, age=age, memory=memory)
+        both = {"online": online["z"], "target": target["z"]}
+        return loss, {name: jnp.sum(jnp.all(z == 0, axis=1)) for name, z in both.items()}, memory
+
+
+def test_no_path_is_dropped_in_the_network_that_gives_the_targets():
+    model, method = SiameseModel(Dropping(0.9), None, Plain()), Counting()
+    variables = init_variables(jax.random.key(0), model, image_size=40)
+    extra = first_extra(method, variables, width=8)
+    state = create_train_state(jax.random.key(1), variables, SGD, extra=extra)
+    _, dropped = pretrain_train_step(
+        state, make_batch(), model=model, tx=SGD, method=method, view=whole_image, total_steps=9
+    )
+    assert dropped["online"] > 20 and dropped["target"] == 0  # of 32 views
 
 
 @pytest.mark.parametrize("name", METHODS)
