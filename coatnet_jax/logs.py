@@ -145,6 +145,11 @@ class Progress:
             f"ETA {duration((self.total - step) / self.rate)} | {values}"
         )
 
+    def compiled(self, step: int) -> None:
+        """Forget the rate up to `step`, the first one: most of its time was the compiler's."""
+        self.rate = None
+        self.pause(step)
+
     def pause(self, step: int) -> None:
         """Measure the next rate from now on: an evaluation or a save at `step` is no part of it."""
         self.step, self.time = step, time.perf_counter()

@@ -85,6 +85,7 @@ def train(
             if step == first:  # compiled at last: said at once, for whoever waits
                 _report(*pending, log=log, progress=progress, schedule=schedule)
                 pending = None
+                progress.compiled(step)
             overtime = 0 < schedule.max_minutes * 60 < time.monotonic() - started
             stopping = _agreed(stop.requested or overtime, step, schedule)
             evaluating = step % schedule.evaluate_every == 0 or step == schedule.total_steps

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from coatnet_jax import loop
+from coatnet_jax import logs, loop
 from coatnet_jax.checkpoint import Checkpoints, best_step, load_variables
 from coatnet_jax.logs import MetricsLog, update_run_info
 from coatnet_jax.pages import write_json
@@ -170,6 +171,25 @@ def test_sigterm_saves_and_the_next_call_goes_on(tmp_path):
     train(tmp_path / "b", scores)
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in "ab"]
     assert logs[0] == logs[1]
+
+
+def test_time_left_is_forecast_without_the_compiler(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(logs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def timed(state, batch):
+        now[0] += 6000 if int(batch["x"][0]) in (1, 8) else 100  # the first one of each call
+        return count(state, batch)
+
+    def lines(**changes):
+        every = {"evaluate_every": 1, "patience": 0, **changes}
+        train(tmp_path, [10.0 - i / 9 for i in range(20)], train_step=timed, **every)
+        return [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
+
+    first, second, *_ = lines(total_steps=7)
+    assert "ETA 10:00:00 |" in first and "ETA 8:20 |" in second  # 5 steps of 100 seconds
+    _, second, *_ = lines()
+    assert "step 9/20" in second and "ETA 18:20 |" in second
 
 
 def test_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
