@@ -12,7 +12,8 @@ from coatnet_jax.ssl.nt_xent import unit_length
 
 @dataclass(frozen=True)
 class SimSiam(Method):
-    """The prediction head is a bottleneck: its hidden layer is a quarter of the projection."""
+    """The prediction head is a bottleneck: its hidden layer is narrower than the projection (in
+    the paper a quarter of it)."""
 
     def model(self, backbone, *, projection, prediction):
         """The projection ends in BatchNorm without parameters, the prediction in a linear layer."""
