@@ -255,11 +255,16 @@ def evaluate(
 
     `knn_mae` is that of the nearest training images, `probe_mae` of a ridge regression on the same
     ones; `embedding_std` and `rank_me` are those of `ssl.watch`; a collapse is printed in words.
+    All are NaN where a feature is no number.
     """
     run = Run(
         setting.config, state.eval_variables, setting.mesh, batch_size=setting.config.batch_size
     )
     features = {split: run.features(monitor[f"{split}_image"]) for split in ("train", "validation")}
+    if not all(np.isfinite(some).all() for some in features.values()):
+        # Neighbours would be found all the same, and a probe would end in a traceback.
+        print("[pretrain] the features are no numbers: lower --config.optim.lr", flush=True)
+        return dict.fromkeys(("knn_mae", "probe_mae", "embedding_std", "rank_me"), float("nan"))
     z, age = features["validation"], monitor["validation_age"]
     train = (features["train"], monitor["train_age"])
     errors = {

@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from coatnet_jax import pretrain
 from coatnet_jax.logs import MetricsLog
 from coatnet_jax.ssl.watch import alignment_and_uniformity, collapse_warning, rank_me, spread
 from coatnet_jax.tracking import open_trackers
@@ -49,6 +50,23 @@ def test_alignment_and_uniformity_match_loops():
 def test_collapse_is_said_in_words(std, rank, words):
     warning = collapse_warning(embedding_std=std, rank_me=rank)
     assert words in warning and bool(warning) == bool(words)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 60], ids=["no row", "one row", "all rows"])
+def test_features_that_are_no_numbers_give_no_score_and_end_nothing(wrong, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(60, 16)).astype(np.float32)
+    z[:wrong] = np.nan
+    run = SimpleNamespace(features=lambda images: z[images])
+    monkeypatch.setattr(pretrain, "Run", lambda *_, **__: run)
+    monitor = {"train_image": np.arange(60), "validation_image": np.arange(59, -1, -1)}
+    monitor |= {"train_age": np.arange(60), "validation_age": np.arange(60)}
+    setting = SimpleNamespace(config=SimpleNamespace(batch_size=8), mesh=None)
+    state = SimpleNamespace(eval_variables={})
+    found = pretrain.evaluate(state, monitor=monitor, setting=setting)
+    assert set(found) == {"knn_mae", "probe_mae", "embedding_std", "rank_me"}
+    assert {bool(np.isnan(value)) for value in found.values()} == {wrong > 0}
+    assert ("no numbers" in capsys.readouterr().out) == (wrong > 0)
 
 
 def test_metrics_go_to_tensorboard_too(tmp_path, monkeypatch):
