@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from coatnet_jax.paths import configs_folder
+from input_pipeline.files import write_whole
 
 
 class UnknownWord(ValueError):
@@ -160,7 +161,7 @@ def flat_keys(config: ml_collections.ConfigDict) -> list[str]:
 
 def save_config(config: ml_collections.ConfigDict, path: Path) -> None:
     """Write the resolved config as JSON."""
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def read_config(path: Path) -> ml_collections.ConfigDict:

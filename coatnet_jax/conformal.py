@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from coatnet_jax.ages import N_AGES, age_quantile, get_decoder
+from input_pipeline.files import write_whole
 
 FILE = "conformal.json"
 LEVEL = 0.9
@@ -68,7 +69,7 @@ def posterior_interval(
 def save_constants(run_dir: Path, constants: Mapping[str, Any]) -> Path:
     """Write `RUN/conformal.json`, which `predict` reads."""
     path = Path(run_dir) / FILE
-    path.write_text(json.dumps({"method": METHOD, **constants}, indent=2) + "\n")
+    write_whole(path, json.dumps({"method": METHOD, **constants}, indent=2) + "\n")
     return path
 
 

@@ -19,7 +19,7 @@ import ml_collections
 from coatnet_jax.config import read_json, save_config
 from coatnet_jax.distributed import is_main
 from coatnet_jax.lineage import stages_behind
-from coatnet_jax.pages import write_whole
+from input_pipeline.files import write_whole
 from input_pipeline.progress import duration
 
 PACKAGES = ("coatnet-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -50,7 +50,7 @@ def write_run_info(
     # Kept here, so that it is still known where the folders of those are moved or deleted.
     with suppress(ValueError):  # one is gone already
         info["before"] = stages_behind(config)
-    (workdir / "run.json").write_text(json.dumps(info, indent=2) + "\n")
+    write_whole(workdir / "run.json", json.dumps(info, indent=2) + "\n")
 
 
 def environment() -> dict:

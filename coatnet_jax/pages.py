@@ -20,6 +20,8 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from input_pipeline.files import write_whole
+
 Section = Mapping[str, Any]  # {'title': str, 'blocks': [block, …]}; blocks as in write_report
 
 STYLE = """
@@ -303,13 +305,6 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
     text = json.dumps(_without_nan(values), indent=2, ensure_ascii=False, allow_nan=False)
     write_whole(path, text + "\n")
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file at once: where the process is killed meanwhile, the file before stays."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _without_nan(value: Any) -> Any:

@@ -7,7 +7,6 @@ step runs unchanged.
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from input_pipeline.face_drawing import check_range, draw_face
+from input_pipeline.files import write_whole
 from input_pipeline.images import encode_jpeg
 
 VERSION = 1  # raise it when the drawing changes, so that old folders are drawn anew
@@ -65,7 +65,7 @@ def write_drawn_faces(
     todo = [(i, *label) for i, label in enumerate(labels) if label[-1] not in present]
     for done, (i, age, gender, race, name) in enumerate(todo, 1):
         face = draw_face(np.random.default_rng([seed, i]), age, gender, race, size)
-        _write_whole(folder / name, encode_jpeg(face, 92))
+        write_whole(folder / name, encode_jpeg(face, 92))
         if progress and (done % 400 == 0 or done == len(todo)):
             progress(f"drew {done} of {len(todo)} faces")
     return folder
@@ -91,12 +91,5 @@ def _present(folder: Path, made: dict) -> set[str]:
         pass  # no marker, or one cut short: drawn anew
     for name in names:
         (folder / name).unlink()
-    _write_whole(marker(folder), json.dumps(made, indent=1).encode())
+    write_whole(marker(folder), json.dumps(made, indent=1).encode())
     return set()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write under another name and rename, so that an interruption leaves no half file."""
-    part = path.with_name(f".{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)

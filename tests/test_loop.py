@@ -119,14 +119,14 @@ def test_files_that_a_run_goes_on_from_are_written_whole_or_not(tmp_path, monkey
     log.write_text('{"step": 1, "loss": 2.0}\n{"step": 9, "loss": 1.0}\n')
     tuned.write_text('{"status": "done"}')
     before = {path: path.read_text() for path in (run, log, tuned)}
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def killed(path, text, **options):
-        write(path, text[: len(text) // 2], **options)
+    def killed(path, content):
+        write(path, content[: len(content) // 2])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", killed)
+        patch.setattr(Path, "write_bytes", killed)
         for step in (
             lambda: update_run_info(tmp_path, finished=True),
             lambda: MetricsLog(tmp_path).keep_until(1),
