@@ -300,8 +300,7 @@ def trained_config(run_dir: Path) -> ml_collections.ConfigDict:
     Weights know nothing of cuDNN's, and this may be another machine or dtype than the training's.
     """
     config = read_config(run_dir / "config.json")
-    if "attention" in config.model:
-        config.model.attention = "xla"
+    config.model.attention = "xla"
     return config
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from coatnet_jax import conformal, evaluate
 from coatnet_jax.checkpoint import FOLDER, load_variables
-from coatnet_jax.config import read_config, read_json, save_config
-from coatnet_jax.inference import check_sides, sides_of
+from coatnet_jax.config import read_json, save_config
+from coatnet_jax.inference import check_sides, sides_of, trained_config
 from coatnet_jax.lineage import stages_before
 from coatnet_jax.pages import write_json
 from coatnet_jax.release_card import INTEGERS, release_card
@@ -55,7 +55,7 @@ def write_release(
     """
     run_dir, data_folder, out = Path(run_dir), Path(data_folder), Path(out)
     variables, step = load_variables(run_dir)
-    config = read_config(run_dir / "config.json")
+    config = trained_config(run_dir)
     if config.stage != "finetune":
         raise ValueError(
             f"{run_dir} is a {config.stage} run without an age head; release a finetune run"
@@ -84,7 +84,7 @@ def write_release(
             "replace; give another --out"
         )
     packed = pack_weights(variables, step=step, max_mb=max_mb)
-    config.model.dtype, config.model.attention = "float32", "xla"
+    config.model.dtype = "float32"
     config.data.root, config.init_from, config.init_head = "", "", False
     if "distill" in config:
         config.distill.teachers = ""
