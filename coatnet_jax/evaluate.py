@@ -166,12 +166,10 @@ def run(
     result["unknown"] = unknown_counts(labels)
     measures = face_measures(p, age, low, high, decode=decode)
     result["groups"] = group_table(measures, labels, persons=persons)
-    if model.attribute_heads and _any_known(faces.labels):
-        heads = " and ".join(model.attribute_heads)
-        q, _ = predict_split(model, faces, model.attributes, done=f"read {heads} of")
-        attributes = {"gender": q[:, :2], "race": q[:, 2:]}
-        attributes = {key: attributes[key] for key in model.attribute_heads}
-        if table := attribute_table(attributes, labels, trained.labels):
+    if heads := [key for key in model.attribute_heads if (faces.labels[key] >= 0).any()]:
+        q, _ = predict_split(model, faces, model.attributes, done=f"read {' and '.join(heads)} of")
+        both = {"gender": q[:, :2], "race": q[:, 2:]}
+        if table := attribute_table({key: both[key] for key in heads}, labels, trained.labels):
             result["attributes"] = table
     out = Path(out) if out else Path(packaged or run_dir / "evaluate") / _folder_name(result)
     columns = {key: np.asarray(faces.labels[key])[rows] for key in ("pixel_hash", "gender", "race")}
@@ -453,10 +451,6 @@ def attribute_table(
             }
         )
     return rows
-
-
-def _any_known(labels: Mapping[str, np.ndarray]) -> bool:
-    return any((np.asarray(labels[name]) >= 0).any() for name in ("gender", "race"))
 
 
 # --- writing -------------------------------------------------------------------------------------

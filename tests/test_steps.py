@@ -132,9 +132,9 @@ def test_unknown_gender_moves_nothing_in_its_head():
 
 
 def test_frozen_stages_have_no_backward_pass_and_leave_the_other_gradients_alone():
-    start = init_variables(jax.random.key(0), FINETUNE[0], image_size=SIZE)["params"]
     model, step = FINETUNE
-    held = partial(step, train_from="stage3")
+    variables = init_variables(jax.random.key(0), model, image_size=SIZE)
+    start, held = variables["params"], partial(step, train_from="stage3")
     (full, _), (state, metrics) = (
         run_steps((model, which), 1, steps=1, tx=SGD) for which in (step, held)
     )
@@ -152,9 +152,7 @@ def test_frozen_stages_have_no_backward_pass_and_leave_the_other_gradients_alone
     squares = sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(moved))
     assert metrics["grad_norm"] == pytest.approx(np.sqrt(squares), rel=1e-3)
 
-    state = create_train_state(
-        jax.random.key(1), init_variables(jax.random.key(0), model, image_size=SIZE), SGD, ema=True
-    )
+    state = create_train_state(jax.random.key(1), variables, SGD, ema=True)
     full, stage3, head = (
         finetune_train_step.lower(
             state, make_batch(), tx=SGD, **step.keywords, train_from=train_from
